@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := demo/digits_resnet.snn.safetensors
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format docs clean
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+
+$(STAMP): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: snnconv needs Python 3.11 or newer; run make PYTHON=python3.11 (or newer)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## set up .venv, convert the embedded digits network and evaluate it
+	mkdir -p demo
+	$(BIN)/snnconv convert zoo:digits --data zoo:digits --output $(DEMO) --force
+	$(BIN)/snnconv eval $(DEMO) --data zoo:digits
+
+test: $(STAMP) ## run the default tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: $(STAMP) ## check format, lint, types, generated docs, then test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python docs/generate_cli.py --check
+	$(MAKE) test
+
+format: $(STAMP) ## format the code and mend what the linter can mend
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+docs: $(STAMP) ## write docs/cli.md anew
+	$(BIN)/python docs/generate_cli.py
+
+clean: ## remove what the tools and the demo left behind (not .venv)
+	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,281 @@
+"""The command line's seam: help, errors, exit codes, JSON; and the options all commands share."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import click
+import pytest
+
+from snnconv import __version__
+from snnconv.cli import console, options
+from snnconv.cli.main import COMMANDS, group, run
+from snnconv.errors import NotConvertibleError, SnnconvError, UsageError
+
+ROOT = Path(__file__).parents[1]
+Fail = Callable[[object], None]
+
+
+@pytest.fixture
+def fail(monkeypatch: pytest.MonkeyPatch) -> Fail:
+    """Make `snnconv boom` raise what it is given, or return it as the exit code."""
+
+    def prepare(outcome: object) -> None:
+        @options.command("boom", example="snnconv boom")
+        @options.json_option
+        @options.verbosity_options
+        def command(as_json: bool, verbose: bool, quiet: bool) -> object:
+            """Fail."""
+            if isinstance(outcome, BaseException):
+                raise outcome
+            return outcome() if callable(outcome) else outcome
+
+        monkeypatch.setitem(COMMANDS, "boom", ("boom", "Fail."))
+        monkeypatch.setitem(sys.modules, "snnconv.cli.boom", SimpleNamespace(command=command))
+
+    return prepare
+
+
+def test_an_error_becomes_one_message_with_every_problem(
+    fail: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail(NotConvertibleError("two layers cannot spike", ["a: SiLU", "b: GELU"]))
+    assert run(["boom"]) == 3
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: two layers cannot spike\n  - a: SiLU\n  - b: GELU\n"
+
+
+def test_json_gets_the_error_as_an_object(fail: Fail, capsys: pytest.CaptureFixture[str]) -> None:
+    fail(NotConvertibleError("no", ["a: SiLU"]))
+    assert run(["boom", "--json"]) == 3
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {
+        "schema": "snnconv.error/1",
+        "error": "no",
+        "problems": ["a: SiLU"],
+        "exit_code": 3,
+    }
+    assert err.startswith("error: no\n")
+
+
+def test_json_stays_one_object_when_the_command_had_printed_its_own(
+    fail: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def outcome() -> None:
+        console.emit_json({"schema": "snnconv.boom/1"})
+        raise SnnconvError("too late")
+
+    fail(outcome)
+    assert run(["boom", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"schema": "snnconv.boom/1"}
+
+
+@pytest.mark.parametrize(("outcome", "code"), [(None, 0), (0, 0), (3, 3), (4, 4)])
+def test_a_command_returns_its_exit_code(fail: Fail, outcome: object, code: int) -> None:
+    fail(outcome)
+    assert run(["boom"]) == code
+
+
+def test_ctrl_c_is_interrupted(fail: Fail, capsys: pytest.CaptureFixture[str]) -> None:
+    fail(KeyboardInterrupt())
+    assert run(["boom", "--json"]) == 130
+    out, err = capsys.readouterr()
+    assert err.strip() == "interrupted"
+    assert json.loads(out)["exit_code"] == 130
+
+
+def test_a_defect_is_one_line_and_a_traceback_only_with_v(
+    fail: Fail, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail(ValueError("odd\nthing"))
+    assert run(["boom"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("internal error: ValueError: odd thing")
+    assert err.count("\n") == 1
+    assert run(["boom", "-v"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("operator torchvision::nms does not exist"), ["pip install", "torchvision"]),
+        (ModuleNotFoundError("No module named 'timm'", name="timm"), ["timm", "pip install"]),
+        (PermissionError(13, "Permission denied", "/x/y"), ["/x/y: Permission denied"]),
+        (OSError(28, "No space left on device"), ["No space left"]),
+        (MemoryError(), ["--limit"]),
+    ],
+)
+def test_a_foreign_error_says_what_to_do(
+    fail: Fail, capsys: pytest.CaptureFixture[str], error: Exception, words: list[str]
+) -> None:
+    fail(error)
+    assert run(["boom"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert all(word in err for word in words)
+
+
+def test_our_own_missing_module_is_a_defect(fail: Fail, capsys: pytest.CaptureFixture[str]) -> None:
+    fail(ModuleNotFoundError("No module named 'snnconv.odd'", name="snnconv.odd"))
+    assert run(["boom"]) == 1
+    assert capsys.readouterr().err.startswith("internal error")
+
+
+def test_a_misspelt_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["covnert"]) == 2
+    assert "did you mean convert?" in capsys.readouterr().err
+    assert run(["xyzzy"]) == 2
+    assert "snnconv --help" in capsys.readouterr().err
+
+
+def test_a_wrong_option_is_a_usage_error(fail: Fail, capsys: pytest.CaptureFixture[str]) -> None:
+    fail(None)
+    assert run(["boom", "--odd", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert "snnconv boom --help" in err
+    assert json.loads(out)["exit_code"] == 2
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_every_command_starts_with_an_example(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([name, "-h"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"Example: snnconv {name}")
+    assert "--json" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_imports_torch_for_its_help(name: str) -> None:
+    code = (
+        "import sys; from snnconv.cli.main import run; "
+        f"assert run([{name!r}, '--help']) == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--version"], []])
+def test_help_and_version_answer_at_once(args: list[str]) -> None:
+    command = [sys.executable, "-m", "snnconv.cli.main", *args]
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        seconds.append(time.perf_counter() - begun)
+    expected = f"snnconv {__version__}" if "--version" in args else "Example: snnconv convert"
+    assert done.stdout.startswith(expected)
+    assert min(seconds) < 0.5
+
+
+def test_the_group_lists_every_command_without_importing_it() -> None:
+    context = click.Context(group, info_name="snnconv")
+    text = group.get_help(context)
+    for name, (_, short) in COMMANDS.items():
+        assert name in text
+        assert short in text
+
+
+def test_the_cli_reference_is_current() -> None:
+    command = [sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_data_flag_then_environment_then_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SNNCONV_DATA", raising=False)
+    assert options.resolve_data(None) is None
+    Path("snnconv.toml").write_text('data = "from-file"\n')
+    assert options.resolve_data(None) == "from-file"
+    monkeypatch.setenv("SNNCONV_DATA", "from-environment")
+    assert options.resolve_data(None) == "from-environment"
+    assert options.require_data("from-flag") == "from-flag"
+
+
+def test_no_data_names_the_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SNNCONV_DATA", raising=False)
+    with pytest.raises(UsageError) as caught:
+        options.require_data(None)
+    assert caught.value.exit_code == 2
+    assert len(caught.value.problems) == 3
+    for word in ("--data", "SNNCONV_DATA", "snnconv.toml"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["data = [", "data = 3", 'data = ""'])
+def test_bad_settings_are_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SNNCONV_DATA", raising=False)
+    Path("snnconv.toml").write_text(text)
+    with pytest.raises(UsageError, match=r"snnconv\.toml"):
+        options.resolve_data(None)
+
+
+def test_newest_checkpoint_is_the_last_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no checkpoint given"):
+        options.newest_checkpoint()
+    for age, name in enumerate(["b.snn.safetensors", "a.snn.safetensors", "c.safetensors"]):
+        Path(name).touch()
+        os.utime(name, (1000 + age, 1000 + age))
+    assert options.newest_checkpoint() == Path("a.snn.safetensors")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert options.resolve_device("auto") == "cpu"
+    with pytest.raises(UsageError, match="--device cuda"):
+        options.resolve_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert options.resolve_device("auto") == "cuda"
+
+
+def test_progress_prints_plain_lines_away_from_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with console.progress() as report:
+        for done in range(101):
+            report("calibrate", done, 100)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "calibrate: 0/100\ncalibrate: 100/100\n"
+
+
+def test_quiet_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress(quiet=True) as report:
+        report("calibrate", 1, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    console.emit_json({"a": [float("nan"), (1.5, float("inf"))]})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, [1.5, None]]}
+
+
+def test_a_table_away_from_a_terminal_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    long = "x" * 150
+    console.print_table("T", ["name [a]", "top1"], [(long, 91.5), ("y", "9.0")])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(long in line for line in lines)
+    assert "name [a]" in lines[1]
+    assert any(line.rstrip().endswith(" 9.0") for line in lines)
