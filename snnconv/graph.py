@@ -1,0 +1,186 @@
+"""Trace a network into one flat fx graph whose every call site is visible.
+
+Tracing follows timm's own list of modules and functions that must not be entered. A leaf that
+hides an activation (`BatchNormAct2d`) is written out first, so that each activation of the
+network is a node of its own, at each place it is called.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from snnconv.errors import NotConvertibleError
+
+# Tracing and folding reorder float additions; anything beyond this is another function.
+TRACE_TOLERANCE = 1e-3
+
+
+@dataclass
+class Traced:
+    """A traced network: the fx graph, and the shape of every tensor in it.
+
+    `shapes` maps the name of an fx node to its output shape without the batch axis, for an
+    input of `input_shape` `(C, H, W)`; nodes that yield no tensor are absent. `example` is the
+    batch of two normalised images it was traced with.
+    """
+
+    module: fx.GraphModule
+    shapes: dict[str, tuple[int, ...]]
+    input_shape: tuple[int, ...]
+    example: Tensor
+
+    def path(self, node: fx.Node) -> str:
+        """Return where a node stands in the user's code: its module path, else its name."""
+        if node.op == "call_module":
+            return str(node.target)
+        stack = node.meta.get("nn_module_stack") or {}
+        owner = next(reversed(stack.values()))[0] if stack else ""
+        return f"{owner}:{node.name}" if owner else node.name
+
+
+class _Tracer(fx.Tracer):
+    """Enter every module but torch's own and those timm asks not to be entered."""
+
+    def __init__(self) -> None:
+        from timm.layers import get_notrace_functions, get_notrace_modules
+
+        functions = tuple(get_notrace_functions())
+        super().__init__(autowrap_functions=functions, param_shapes_constant=True)
+        self.leaves = tuple(get_notrace_modules())
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
+
+
+def expand_leaves(model: nn.Module) -> nn.Module:
+    """Return a copy of the model in which no leaf hides an activation.
+
+    timm's `BatchNormAct2d` becomes `Sequential(norm, drop, act)` over the same parameters.
+    """
+    from timm.layers import BatchNormAct2d
+
+    model = copy.deepcopy(model)
+    for path, module in list(model.named_modules()):
+        if type(module) is not BatchNormAct2d:
+            continue
+        norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+        norm.weight, norm.bias = module.weight, module.bias
+        norm.running_mean, norm.running_var = module.running_mean, module.running_var
+        parts = OrderedDict(norm=norm, drop=module.drop, act=module.act)
+        replacement = nn.Sequential(parts).train(module.training)
+        if not path:
+            return replacement
+        model.set_submodule(path, replacement)
+    return model
+
+
+class _Shapes(fx.Interpreter):
+    """Run the graph once and note the shape of every tensor, without its batch axis."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, Tensor) and result.ndim >= 1:
+            self.shapes[n.name] = tuple(result.shape[1:])
+        return result
+
+
+def _write_out_means(traced: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Write `x.mean((2, 3))` as the global average pooling and flatten it is."""
+    found = False
+    for node in list(traced.graph.nodes):
+        if node.target not in ("mean", torch.mean):
+            continue
+        values = dict(enumerate(node.args))
+        source, axes = node.args[0], values.get(1, node.kwargs.get("dim"))
+        keep = values.get(2, node.kwargs.get("keepdim", False))
+        if not isinstance(axes, (tuple, list)) or len(shapes.get(source.name, ())) != 3:
+            continue
+        if sorted(a % 4 for a in axes) != [2, 3]:
+            continue
+        with traced.graph.inserting_before(node):
+            pooled = traced.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
+            if not keep:
+                pooled = traced.graph.call_function(torch.flatten, (pooled, 1))
+        node.replace_all_uses_with(pooled)
+        traced.graph.erase_node(node)
+        found = True
+    traced.recompile()
+    return found
+
+
+def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
+    """Trace a model in eval mode for images of `input_size` `(C, H, W)`.
+
+    The traced graph is run beside the model, on noise, and must give the same outputs.
+    Raises NotConvertibleError if the model cannot be traced, cannot take the input, or computes
+    something else once traced.
+    """
+    model = model.eval()
+    example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad():
+            expected = flatten_outputs(model(example))
+    except Exception as error:
+        size = "x".join(map(str, input_size))
+        raise NotConvertibleError(
+            f"the network does not run on an input of {size}: {_first_line(error)}"
+        ) from error
+    try:
+        expanded = expand_leaves(model).float()
+        graph = _Tracer().trace(expanded)
+        traced = fx.GraphModule(expanded, graph)
+    except Exception as error:
+        raise NotConvertibleError(
+            f"torch.fx cannot trace {type(model).__name__}: {_first_line(error)}; "
+            "control flow that depends on the data must be taken out of forward()"
+        ) from error
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    shapes = _Shapes(traced)
+    with torch.no_grad():
+        shapes.run(example)
+        if _write_out_means(traced, shapes.shapes):
+            shapes = _Shapes(traced)
+        outputs = flatten_outputs(shapes.run(example))
+    if set(outputs) != set(expected):
+        raise NotConvertibleError("the traced network has other outputs than the model")
+    for name, output in outputs.items():
+        if difference(output, expected[name]) > TRACE_TOLERANCE:
+            raise NotConvertibleError(
+                f"the traced network computes another {name} than the model: part of forward() "
+                "runs outside what torch.fx sees"
+            )
+    return Traced(traced, shapes.shapes, tuple(input_size), example)
+
+
+def flatten_outputs(output: Any) -> dict[str, Any]:
+    """Name the outputs of a network: `logits` for a single one, else by key or position.
+
+    Works on the values of a run and, alike, on the arguments of an fx output node.
+    """
+    if isinstance(output, dict):
+        return {str(k): v for k, v in output.items()}
+    if isinstance(output, (list, tuple)):
+        return {f"output{i}": v for i, v in enumerate(output)}
+    return {"logits": output}
+
+
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the relative distance `|actual - expected| / |expected|` of two tensors (L2)."""
+    scale = expected.double().norm().clamp_min(1e-12)
+    return float((actual.double() - expected.double()).norm() / scale)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,191 @@
+"""The integer spiking network: everything it does is additions of integers.
+
+A `SpikingNetwork` is a list of nodes in topological order: sources (images), maps that are
+exact on counts, populations of neurons, and readouts. It holds no state and knows no time; an
+engine runs it under a schedule. See method.md, section 4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnconv.ops import Pool
+from snnconv.plan import Key, Relay
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import reads
+
+
+@dataclass(frozen=True)
+class Synapse:
+    """Integer weights from one counts tensor into the rows of a population.
+
+    A row's charge is `(W * S) << shift`, in row units. `kind`, `attributes` and `pools` are
+    those of the branch; `weight` is int8 for conv and linear, int32 for scale (an identity
+    shortcut). `shift` is int32 `[C]`.
+    """
+
+    source: str
+    key: Key
+    kind: str
+    weight: Tensor
+    shift: Tensor
+    attributes: dict[str, Any] = field(default_factory=dict)
+    pools: tuple[Pool, ...] = ()
+
+
+@dataclass(frozen=True)
+class Image:
+    """The source: pixels minus `zero_point` per channel, injected in each of T steps."""
+
+    name: str
+    shape: tuple[int, ...]
+    zero_point: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Population:
+    """Neurons of one activation call site, `shape` `(C, H, W)` or `(F,)`.
+
+    `threshold` and `bias` (per step) are int32 `[C]` in row units; `row_unit` is the float value
+    of one unit and `clip` (alpha) of T counts, float64 `[C]`. `depth` counts the neurons on the
+    longest path from the image; the first population has 0.
+    """
+
+    name: str
+    path: str
+    branches: tuple[Synapse, ...]
+    threshold: Tensor
+    bias: Tensor
+    shape: tuple[int, ...]
+    two_sided: bool
+    depth: int
+    row_unit: Tensor
+    clip: Tensor
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A named output: integer charge per class times one `unit`, no neuron.
+
+    `logits(t) = unit (W S(t) + B(t) bias) / max(B(t), 1)`.
+    """
+
+    name: str
+    branches: tuple[Synapse, ...]
+    bias: Tensor
+    shape: tuple[int, ...]
+    depth: int
+    unit: float
+    readout: bool = True
+
+
+Node = Image | Relay | Population | Readout
+
+
+@dataclass(frozen=True)
+class SpikingNetwork:
+    """An integer spiking network and what it was made for.
+
+    `timesteps` is the T it was calibrated or trained for, `schedule` the one it is run under by
+    default, `neuron` and `initial_membrane` the kind of its neurons. `model` describes the ANN
+    it came from, `provenance` how it was made; both are plain JSON values.
+    """
+
+    nodes: tuple[Node, ...]
+    preprocessing: Preprocessing
+    timesteps: int
+    schedule: str = "drain"
+    neuron: str = "signed"
+    initial_membrane: str = "half"
+    weight_bits: int = 8
+    model: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def populations(self) -> list[Population]:
+        """Return the populations of neurons in topological order."""
+        return [n for n in self.nodes if isinstance(n, Population)]
+
+    @property
+    def readouts(self) -> list[Readout]:
+        """Return the named outputs."""
+        return [n for n in self.nodes if isinstance(n, Readout)]
+
+    @cached_property
+    def depth(self) -> int:
+        """Return the depth of the deepest readout: neuron layers on the longest path."""
+        return max(r.depth for r in self.readouts)
+
+    @property
+    def neurons(self) -> int:
+        """Return the number of neurons."""
+        return sum(torch.Size(p.shape).numel() for p in self.populations)
+
+    def signed(self, population: Population) -> bool:
+        """Return whether a population emits negative spikes."""
+        return self.neuron == "signed" or population.two_sided
+
+    def count_limits(self, timesteps: int) -> dict[str, tuple[int, int]]:
+        """Return the lowest and highest cumulative count of every node at T."""
+        limits: dict[str, tuple[int, int]] = {}
+        for node in self.nodes:
+            if isinstance(node, Image):
+                zero = node.zero_point
+                limits[node.name] = (-max(zero) * timesteps, (255 - min(zero)) * timesteps)
+            elif isinstance(node, Relay):
+                low = min(limits[i][0] for i in node.inputs)
+                high = max(limits[i][1] for i in node.inputs)
+                if node.op == "pad":
+                    low, high = min(low, 0), max(high, 0)
+                factor = node.attributes["pool"].largest_sum if node.op == "sum_pool" else 1
+                limits[node.name] = (low * factor, high * factor)
+            elif isinstance(node, Population):
+                limits[node.name] = (-timesteps if node.two_sided else 0, timesteps)
+        return limits
+
+
+def count_dtype(low: int, high: int) -> torch.dtype:
+    """Return the smallest integer type that holds counts from `low` to `high`."""
+    for dtype in (torch.uint8, torch.int8, torch.int16):
+        info = torch.iinfo(dtype)
+        if info.min <= low and high <= info.max:
+            return dtype
+    return torch.int32
+
+
+def charge_bound(synapse: Synapse, low: int, high: int) -> int:
+    """Return the largest partial sum `sum |W| |S|` of any row, before shift and pooling."""
+    weight = synapse.weight.long().abs()
+    per_row = weight if synapse.kind == "scale" else weight.flatten(1).sum(1)
+    return int(per_row.max()) * max(-low, high)
+
+
+def membrane_bound(
+    node: Population | Readout, limits: dict[str, tuple[int, int]], timesteps: int
+) -> int:
+    """Return a bound on the magnitude of every partial sum of a membrane (method.md, 4.4)."""
+    total = timesteps * int(node.bias.long().abs().max())
+    for synapse in node.branches:
+        bound = charge_bound(synapse, *limits[synapse.source]) << int(synapse.shift.max())
+        for pool in synapse.pools:
+            bound *= pool.largest_sum
+        total += bound
+    if isinstance(node, Population):
+        total += (timesteps + 1) * int(node.threshold.max())
+    return total
+
+
+def depths(nodes: list[Any]) -> dict[str, int]:
+    """Return, for each node, the number of neurons on the longest path that ends before it."""
+    depth: dict[str, int] = {}
+    after: dict[str, int] = {}
+    for node in nodes:
+        depth[node.name] = max((after[name] for name in reads(node)), default=0)
+        neurons = bool(getattr(node, "branches", ())) and not getattr(node, "readout", False)
+        after[node.name] = depth[node.name] + neurons
+    return depth

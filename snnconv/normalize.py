@@ -1,0 +1,281 @@
+"""Shortcut normalisation and integers: from the float QANN to the spiking network.
+
+Each weight is multiplied by the threshold of the neurons it listens to, so that a spike is a
+pure event; an identity shortcut becomes a synapse of weight theta_skip. Spiking ResNet states
+this as weights theta_in/theta_out for basic blocks (arXiv 1805.01352, section on shortcut
+normalisation); written per synapse it holds for any graph. Every row is then expressed in
+integers of its own unit (method.md, sections 4.1 and 4.2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnconv.errors import UsageError
+from snnconv.network import Image, Node, Population, Readout, SpikingNetwork, Synapse, depths
+from snnconv.plan import Relay, Source
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import Branch, Layer, Qann
+from snnconv.schedule import check_timesteps
+
+# Finest fraction of a level thresholds resolve: theta_int >= 32 T, an error of 1/64 level at most.
+THRESHOLD_PER_LEVEL = 32
+# T up to which that holds, whatever T the network is converted for.
+TIMESTEPS_RESOLVED = 32
+# Rows of nearly zero weights would have thresholds beyond any integer: floor of the row scale.
+LARGEST_THRESHOLD_LOG2 = 15
+LARGEST_STEM_THRESHOLD_LOG2 = 22
+LARGEST_MEMBRANE_UNIT_LOG2 = 20
+READOUT_FRACTION_BITS = 8
+
+
+def integerize(
+    qann: Qann,
+    preprocessing: Preprocessing,
+    timesteps: int,
+    *,
+    weight_bits: int = 8,
+    **settings: Any,
+) -> SpikingNetwork:
+    """Turn a calibrated QANN into the integer spiking network it equals.
+
+    `weight_bits` (2..8) holds for all layers but the first and the readouts, which have 8.
+    `settings` are further fields of SpikingNetwork. Raises UsageError if bits or T are out of
+    range or the QANN has not been calibrated.
+    """
+    check_timesteps(timesteps)
+    if not 2 <= weight_bits <= 8:
+        raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
+    if any(not bool((layer.clip > 0).all()) for layer in qann.populations()):
+        raise UsageError("the QANN has no clips yet: calibrate it first")
+    values = spike_values(qann, preprocessing)
+    images = _image_carriers(qann)
+    depth = depths(qann.nodes)
+    resolved = max(timesteps, TIMESTEPS_RESOLVED)
+    nodes: list[Node] = []
+    for node in qann.nodes:
+        if isinstance(node, Source):
+            nodes.append(Image(node.name, node.shape, preprocessing.zero_point))
+        elif isinstance(node, Relay):
+            nodes.append(node)
+        elif node.readout:
+            nodes.append(_readout(node, values, depth[node.name]))
+        else:
+            stem = any(b.source in images for b in node.branches)
+            bits = 8 if stem else weight_bits
+            nodes.append(_population(node, values, depth[node.name], bits, stem, resolved))
+    return SpikingNetwork(
+        tuple(nodes), preprocessing, timesteps, weight_bits=weight_bits, **settings
+    )
+
+
+def spike_values(qann: Qann, preprocessing: Preprocessing) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, per node, what one count is worth and the constant beside it, float64 `[C]`.
+
+    A tensor's T-fold value is `worth * S + T * constant`. For neurons the worth is the threshold
+    and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
+    """
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    for node in qann.nodes:
+        if isinstance(node, Source):
+            std = torch.tensor(preprocessing.std, dtype=torch.float64)
+            mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
+            zero = torch.tensor(preprocessing.zero_point, dtype=torch.float64)
+            values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
+        elif isinstance(node, Relay):
+            values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
+        elif not node.readout:
+            clip = node.clip.double()
+            values[node.name] = clip, torch.zeros_like(clip)
+    return values
+
+
+def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    worth, constant = (torch.cat([i[k] for i in inputs]) for k in (0, 1))
+    if node.op == "slice":
+        kept = slice(*node.attributes["slices"][0])
+        return worth[kept], constant[kept]
+    if node.op == "pad" and node.shape[0] != len(worth):
+        before = node.attributes["padding"][4]
+        grown = torch.ones(node.shape[0], dtype=torch.float64), torch.zeros(
+            node.shape[0], dtype=torch.float64
+        )
+        for target, part in zip(grown, (worth, constant), strict=True):
+            target[before : before + len(part)] = part
+        return grown
+    if node.op == "flatten":
+        pixels = node.shape[0] // len(worth)
+        return worth.repeat_interleave(pixels), constant.repeat_interleave(pixels)
+    if node.op == "sum_pool":
+        return worth / node.attributes["pool"].lcm, constant
+    return worth, constant
+
+
+def _image_carriers(qann: Qann) -> set[str]:
+    """Return the nodes that carry pixels: the sources, and maps that read one."""
+    names: set[str] = set()
+    for node in qann.nodes:
+        if isinstance(node, Source) or (isinstance(node, Relay) and names & set(node.inputs)):
+            names.add(node.name)
+    return names
+
+
+def _times_inputs(branch: Branch, weight: Tensor, vector: Tensor) -> Tensor:
+    """Multiply weights `[O, C/groups, ...]` by a vector `[C]` over their input channels."""
+    if branch.kind == "scale":
+        return weight * vector
+    if branch.kind == "linear":
+        return weight * vector
+    groups = branch.attributes["groups"]
+    per_group = vector.view(groups, 1, -1, 1, 1)
+    return (weight.view(groups, -1, *weight.shape[1:]) * per_group).view_as(weight)
+
+
+def _rows(
+    layer: Layer, values: dict[str, tuple[Tensor, Tensor]]
+) -> tuple[list[Tensor], Tensor]:
+    """Return every branch's W' = W theta_source, and the bias with the inputs' constants."""
+    rows = []
+    bias = layer.bias.detach().double()
+    for branch, parameter in zip(layer.branches, layer.weights, strict=True):
+        weight = parameter.detach().double()
+        worth, constant = values[branch.source]
+        row = _times_inputs(branch, weight, worth)
+        offset = _times_inputs(branch, weight, constant)
+        bias = bias + (offset if branch.kind == "scale" else offset.flatten(1).sum(1))
+        rows.append(row / math.prod(pool.lcm for pool in branch.pools))
+    return rows, bias
+
+
+def row_scale(rows: Tensor, bits: int) -> Tensor:
+    """Return the scale per row of symmetric weights in `bits`, float64 `[O]`.
+
+    The largest weight sets it at 5 bits and above; below, the scale with the least squared
+    error, since few levels cannot afford to reach the largest weight.
+    """
+    rows = rows.flatten(1)
+    largest = rows.abs().amax(1)
+    top = 2 ** (bits - 1) - 1
+    if bits >= 5:
+        return largest / top
+    candidates = torch.linspace(0.2, 1.0, 81, dtype=torch.float64)
+    best, least = largest / top, torch.full_like(largest, math.inf)
+    for fraction in candidates:
+        scale = (largest * fraction / top).clamp_min(1e-300)
+        rounded = (rows / scale[:, None]).round().clamp(-top, top) * scale[:, None]
+        error = (rounded - rows).square().sum(1)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def _log2_floor(ratio: Tensor) -> Tensor:
+    return torch.log2(ratio.clamp(1.0, 2.0**40)).floor()
+
+
+def _synapse(branch: Branch, rows: Tensor, scale: Tensor, shift: Tensor, bits: int) -> Synapse:
+    """Round rows to integers of `scale` (per row); scale weights are exact int32."""
+    per_row = scale.view(-1, *[1] * (rows.ndim - 1))
+    integers = (rows / per_row).round()
+    if branch.kind == "scale":
+        weight = integers.to(torch.int32)
+    else:
+        top = 2 ** (bits - 1) - 1
+        weight = integers.clamp(-top, top).to(torch.int8)
+    return Synapse(
+        branch.source,
+        branch.key,
+        branch.kind,
+        weight,
+        shift.to(torch.int32),
+        branch.attributes,
+        branch.pools,
+    )
+
+
+def _synapses(
+    layer: Layer, rows: list[Tensor], scale: Tensor, unit_log2: Tensor, bits: int
+) -> tuple[tuple[Synapse, ...], Tensor]:
+    """Round all branches; return them and m, with which the row unit is `scale 2^-m`.
+
+    A branch whose weights are small has `scale 2^-m_j` of its own, so that it uses its bits.
+    """
+    zero = torch.zeros_like(scale)
+    finer = []
+    for branch, row in zip(layer.branches, rows, strict=True):
+        if branch.kind == "scale":
+            finer.append(zero)
+            continue
+        own = row_scale(row, bits)
+        ratio = torch.where(own > 0, scale / own.clamp_min(1e-300), torch.ones_like(own))
+        finer.append(torch.minimum(_log2_floor(ratio), unit_log2[1]))
+    m = torch.stack([unit_log2[0], *finer]).amax(0)
+    synapses = []
+    for branch, row, own in zip(layer.branches, rows, finer, strict=True):
+        own = m if branch.kind == "scale" else own
+        synapses.append(_synapse(branch, row, scale * 2.0**-own, m - own, bits))
+    return tuple(synapses), m
+
+
+def _weighted_scale(layer: Layer, rows: list[Tensor], bits: int) -> Tensor:
+    """Return the largest row scale over the branches with weights, zero where there are none."""
+    scales = [
+        row_scale(row, bits)
+        for branch, row in zip(layer.branches, rows, strict=True)
+        if branch.kind != "scale"
+    ]
+    return torch.stack([torch.zeros(len(layer.bias), dtype=torch.float64), *scales]).amax(0)
+
+
+def _population(
+    layer: Layer,
+    values: dict[str, tuple[Tensor, Tensor]],
+    depth: int,
+    bits: int,
+    stem: bool,
+    resolved: int,
+) -> Population:
+    rows, bias = _rows(layer, values)
+    clip = layer.clip.double()
+    largest = LARGEST_STEM_THRESHOLD_LOG2 if stem else LARGEST_THRESHOLD_LOG2
+    scale = _weighted_scale(layer, rows, bits)
+    scale = torch.maximum(scale, torch.maximum(clip, bias.abs()) / 2**largest)
+    needed = torch.log2(THRESHOLD_PER_LEVEL * resolved * scale / clip).ceil().clamp_min(0)
+    allowed = _log2_floor(scale / clip * 2 ** max(largest, LARGEST_MEMBRANE_UNIT_LOG2))
+    synapses, m = _synapses(layer, rows, scale, torch.stack([needed, allowed]), bits)
+    unit = scale * 2.0**-m
+    return Population(
+        layer.name,
+        layer.path,
+        synapses,
+        (clip / unit).round().clamp_min(1).to(torch.int32),
+        (bias / unit).round().to(torch.int32),
+        layer.shape,
+        layer.two_sided,
+        depth,
+        unit,
+        clip,
+    )
+
+
+def _readout(layer: Layer, values: dict[str, tuple[Tensor, Tensor]], depth: int) -> Readout:
+    """Round a readout; all its classes share one unit, so that their charges compare."""
+    rows, bias = _rows(layer, values)
+    largest = _weighted_scale(layer, rows, bits=8).max()
+    floor = torch.cat([bias.abs(), *(r.abs().flatten() for r in rows)]).max() / 2**15
+    scale = torch.maximum(largest, floor.clamp_min(1e-12)).expand(len(bias))
+    fraction = torch.full_like(scale, READOUT_FRACTION_BITS)
+    synapses, m = _synapses(layer, rows, scale, torch.stack([fraction, fraction]), bits=8)
+    unit = float(scale[0] * 2.0 ** -m[0])
+    return Readout(
+        layer.name, synapses, (bias / unit).round().to(torch.int32), layer.shape, depth, unit
+    )
+
+
+def with_settings(network: SpikingNetwork, **settings: Any) -> SpikingNetwork:
+    """Return the network with other settings, for example `neuron="unsigned"`."""
+    return replace(network, **settings)

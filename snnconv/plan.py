@@ -1,0 +1,441 @@
+"""Decide what becomes of every node of a traced graph, before anything is converted.
+
+The plan walks the graph once with two kinds of values. *Counts* are what neurons emit: integers
+0..T, and whatever is exact on them (max-pool, concatenation, slices). A *current* is a sum of
+linear maps of counts, the input of a neuron. What is linear but feeds another weighted layer
+gets a two-sided neuron of its own. The result names the neurons, what each of them sums, and,
+for every node, its role with reason and remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from snnconv.errors import NotConvertibleError
+from snnconv.graph import Traced, flatten_outputs
+from snnconv.operations import Operation, describe
+from snnconv.ops import Pool
+
+ROLES = ("synapse", "neuron", "exact", "folded", "removed", "unsupported")
+
+Key = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What becomes of one node: its role, why, and what to do about it.
+
+    `macs` are the multiply-accumulates per image and time step of a weighted layer.
+    """
+
+    node: str
+    path: str
+    operation: str
+    role: str
+    reason: str = ""
+    remedy: str = ""
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a current: the counts it starts from and the fx nodes on its way.
+
+    `key` lists the nodes in order; an addition appears as `name:operand`. A term whose first
+    node is no weighted layer is an identity synapse.
+    """
+
+    source: str
+    key: Key
+
+    def then(self, step: str) -> Term:
+        """Return the term prolonged by one node."""
+        return replace(self, key=(*self.key, step))
+
+
+@dataclass(frozen=True)
+class Source:
+    """The images themselves, as integers held during T steps."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Relay:
+    """A map that is exact on counts: max_pool, sum_pool, concat, slice, pad or flatten."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """A population of neurons: one activation call site, or a two-sided one put in by the plan.
+
+    `site` is the fx node whose value is their current. `cap` is the natural upper end of the
+    activation (6 for ReLU6), if it has one.
+    """
+
+    name: str
+    path: str
+    site: str
+    terms: tuple[Term, ...]
+    shape: tuple[int, ...]
+    two_sided: bool = False
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A readout: a sum of currents without a neuron, one of the network's named outputs."""
+
+    name: str
+    site: str
+    terms: tuple[Term, ...]
+    shape: tuple[int, ...]
+
+
+PlanNode = Source | Relay | Neurons | Output
+
+
+@dataclass
+class ConversionPlan:
+    """The whole plan: an entry per fx node, and the spiking graph to be built.
+
+    `nodes` stand in topological order and are empty of meaning unless `convertible`. `sites`
+    maps each fx node that carries counts to the spiking node that holds them.
+    """
+
+    entries: list[Entry]
+    nodes: list[PlanNode]
+    sites: dict[str, str]
+
+    @property
+    def problems(self) -> list[str]:
+        """Name every reason against conversion, with its remedy."""
+        return [
+            f"{e.path} ({e.operation}): {e.reason}; {e.remedy}"
+            for e in self.entries
+            if e.role == "unsupported"
+        ]
+
+    @property
+    def convertible(self) -> bool:
+        """Return whether every node can be converted."""
+        return not self.problems
+
+    def require_convertible(self) -> None:
+        """Raise NotConvertibleError, naming every reason, unless the plan is convertible."""
+        if self.problems:
+            raise NotConvertibleError("the network cannot be converted", self.problems)
+
+    @property
+    def spiking_mac_share(self) -> float:
+        """Return the percentage of multiply-accumulates that become spike-driven."""
+        total = sum(e.macs for e in self.entries)
+        spiking = sum(e.macs for e in self.entries if e.role == "synapse")
+        return 100 * spiking / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as plain JSON values."""
+        return {
+            "verdict": "convertible" if self.convertible else "not convertible",
+            "mac_share_percent": {
+                "spiking": round(self.spiking_mac_share, 2),
+                "analog": round(100 - self.spiking_mac_share, 2),
+            },
+            "nodes": [asdict(e) for e in self.entries],
+            "problems": self.problems,
+        }
+
+
+@dataclass(frozen=True)
+class _Counts:
+    node: str
+    two_sided: bool
+
+
+@dataclass(frozen=True)
+class _Current:
+    """The value of fx node `site`: a sum of terms of `shape`, then the maps in `pending`.
+
+    Pending are order-preserving maps (max-pool, flatten) that wait to be moved behind a neuron.
+    """
+
+    terms: tuple[Term, ...]
+    site: str
+    shape: tuple[int, ...]
+    pending: tuple[tuple[str, Operation], ...] = ()
+
+
+class _Unknown:
+    """The value after an unsupported node: everything behind it is still examined."""
+
+
+_Value = _Counts | _Current | _Unknown | None
+
+
+def make_plan(traced: Traced) -> ConversionPlan:
+    """Plan the conversion of a traced network; never raises for what it cannot convert."""
+    return _Planner(traced).run()
+
+
+class _Planner:
+    """Abstract interpretation of the graph; one method per kind of operation."""
+
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        self.entries: list[Entry] = []
+        self.nodes: list[PlanNode] = []
+        self.values: dict[str, _Value] = {}
+        self.sites: dict[str, str] = {}
+        self.shapes = traced.shapes
+
+    def run(self) -> ConversionPlan:
+        for node in self.traced.module.graph.nodes:
+            operation = describe(self.traced, node)
+            value: _Value
+            if operation.kind == "unsupported":
+                self.note(node, "unsupported", operation.reason, operation.remedy)
+                value = _Unknown()
+            elif operation.kind == "output":
+                value = self.output(node)
+            elif operation.kind == "shape":
+                value = None
+            elif any(isinstance(v, _Unknown) for v in self.read(operation)):
+                self.note(node, "removed", "not examined: it reads an unsupported result")
+                value = _Unknown()
+            else:
+                value = getattr(self, operation.kind)(node, operation)
+            self.values[node.name] = value
+            if isinstance(value, _Counts):
+                self.sites[node.name] = value.node
+        return ConversionPlan(self.entries, self._live_nodes(), self.sites)
+
+    def _live_nodes(self) -> list[PlanNode]:
+        """Drop nodes no readout depends on."""
+        needed = {n.name for n in self.nodes if isinstance(n, Output)}
+        for node in reversed(self.nodes):
+            if node.name in needed:
+                needed.update(inputs_of(node))
+        return [n for n in self.nodes if n.name in needed]
+
+    def note(
+        self, node: fx.Node, role: str, reason: str = "", remedy: str = "", macs: int = 0
+    ) -> None:
+        name = node.target if isinstance(node.target, str) else node.name
+        if node.op == "call_module":
+            name = type(self.traced.module.get_submodule(str(node.target))).__name__
+        elif node.op == "call_function":
+            name = getattr(node.target, "__name__", str(node.target))
+        path = self.traced.path(node)
+        self.entries.append(Entry(node.name, path, name, role, reason, remedy, macs))
+
+    def current(self, node: fx.Node, terms: tuple[Term, ...]) -> _Current:
+        return _Current(terms, node.name, self.shapes[node.name])
+
+    def read(self, operation: Operation) -> list[_Value]:
+        return [self.values[n.name] for n in operation.inputs]
+
+    def materialize(self, value: _Value, why: str) -> _Counts:
+        """Put a two-sided neuron on a current, so that it becomes counts for all who read it."""
+        if isinstance(value, _Counts):
+            return value
+        assert isinstance(value, _Current)
+        known = self.values.get(value.site)
+        if isinstance(known, _Counts):
+            return known
+        name = f"{value.site}.neuron"
+        path = f"{self.path(value.site)} (two-sided)"
+        self.nodes.append(Neurons(name, path, value.site, value.terms, value.shape, two_sided=True))
+        self.entries.append(Entry(name, path, "two-sided neuron", "neuron", why))
+        counts = self.follow(_Counts(name, True), value.pending)
+        self.values[value.site] = counts
+        self.sites[value.site] = counts.node
+        return counts
+
+    def path(self, name: str) -> str:
+        return self.traced.path(next(n for n in self.traced.module.graph.nodes if n.name == name))
+
+    def follow(self, counts: _Counts, pending: tuple[tuple[str, Operation], ...]) -> _Counts:
+        """Apply the maps that were moved behind a neuron."""
+        for site, operation in pending:
+            attributes = dict(operation.attributes)
+            counts = self.relay(
+                f"{site}@{counts.node}", operation.kind, (counts,), self.shapes[site], attributes
+            )
+        return counts
+
+    def relay(
+        self,
+        name: str,
+        op: str,
+        inputs: tuple[_Counts, ...],
+        shape: tuple[int, ...],
+        attributes: dict[str, Any],
+    ) -> _Counts:
+        if all(n.name != name for n in self.nodes):
+            self.nodes.append(Relay(name, op, tuple(c.node for c in inputs), shape, attributes))
+        return _Counts(name, any(c.two_sided for c in inputs))
+
+    def on_counts(self, node: fx.Node, operation: Operation, op: str, reason: str = "") -> _Counts:
+        """Plan an operation that is exact on counts, whatever its inputs are now."""
+        why = f"{operation.kind} of a current that no neuron follows"
+        inputs = tuple(self.materialize(v, why) for v in self.read(operation))
+        self.note(node, "exact", reason)
+        return self.relay(
+            node.name, op, inputs, self.shapes[node.name], dict(operation.attributes)
+        )
+
+    def input(self, node: fx.Node, operation: Operation) -> _Value:
+        shape = self.shapes[node.name]
+        self.nodes.append(Source(node.name, shape))
+        self.note(node, "exact", "8-bit pixels, held during T steps")
+        return _Counts(node.name, True)
+
+    def conv(self, node: fx.Node, operation: Operation) -> _Value:
+        (value,) = self.read(operation)
+        counts = self.materialize(value, "a weighted layer follows a current: T signed levels")
+        module = operation.module
+        assert module is not None
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        pixels = 1
+        for n in self.shapes[node.name][1:]:
+            pixels *= n
+        self.note(node, "synapse", macs=weight.numel() * pixels)
+        return self.current(node, (Term(counts.node, (node.name,)),))
+
+    linear = conv
+
+    def batch_norm(self, node: fx.Node, operation: Operation) -> _Value:
+        (value,) = self.read(operation)
+        if isinstance(value, _Current) and value.pending:
+            pools_only = all(op.kind == "max_pool" for _, op in value.pending)
+            if not (pools_only and _gains_positive(operation)):
+                why = "max-pool or flatten stands between a layer and its BatchNorm"
+                value = self.materialize(value, why)
+        if isinstance(value, _Current):
+            self.note(node, "folded", "into the weights before it")
+            terms = tuple(t.then(node.name) for t in value.terms)
+            return replace(value, terms=terms, site=node.name)
+        assert isinstance(value, _Counts)
+        self.note(node, "synapse", "one weight per channel", macs=_size(self.shapes[node.name]))
+        return self.current(node, (Term(value.node, (node.name,)),))
+
+    def activation(self, node: fx.Node, operation: Operation) -> _Value:
+        (value,) = self.read(operation)
+        two_sided, cap = operation.attributes["two_sided"], operation.attributes["cap"]
+        if isinstance(value, _Counts):
+            if not (value.two_sided or two_sided or cap):
+                self.note(node, "removed", "its input cannot be negative")
+                return value
+            value = self.current(node, (Term(value.node, (f"{node.name}:0",)),))
+        assert isinstance(value, _Current)
+        path = self.traced.path(node)
+        self.nodes.append(
+            Neurons(node.name, path, value.site, value.terms, value.shape, two_sided, cap)
+        )
+        self.note(node, "neuron", f"clamped at {cap:g}" if cap else "")
+        return self.follow(_Counts(node.name, two_sided), value.pending)
+
+    def add(self, node: fx.Node, operation: Operation) -> _Value:
+        terms: list[Term] = []
+        for i, value in enumerate(self.read(operation)):
+            if isinstance(value, _Current) and value.pending:
+                value = self.materialize(value, "max-pool or flatten before an addition")
+            if isinstance(value, _Counts):
+                terms.append(Term(value.node, (f"{node.name}:{i}",)))
+            else:
+                assert isinstance(value, _Current)
+                terms.extend(t.then(f"{node.name}:{i}") for t in value.terms)
+        self.note(node, "folded", "its summands are synapses of the next neuron")
+        return self.current(node, tuple(terms))
+
+    def concat(self, node: fx.Node, operation: Operation) -> _Value:
+        return self.on_counts(node, operation, "concat")
+
+    def slice(self, node: fx.Node, operation: Operation) -> _Value:
+        return self.on_counts(node, operation, "slice")
+
+    def pad(self, node: fx.Node, operation: Operation) -> _Value:
+        return self.on_counts(node, operation, "pad")
+
+    def _postpone(self, node: fx.Node, operation: Operation, op: str) -> _Value:
+        (value,) = self.read(operation)
+        if isinstance(value, _Current):
+            self.note(node, "exact", "moved behind the neuron that follows")
+            pending = (*value.pending, (node.name, operation))
+            return replace(value, site=node.name, pending=pending)
+        return self.on_counts(node, operation, op)
+
+    def max_pool(self, node: fx.Node, operation: Operation) -> _Value:
+        return self._postpone(node, operation, "max_pool")
+
+    def flatten(self, node: fx.Node, operation: Operation) -> _Value:
+        return self._postpone(node, operation, "flatten")
+
+    def average_pool(self, node: fx.Node, operation: Operation) -> _Value:
+        (value,) = self.read(operation)
+        pool: Pool = operation.attributes["pool"]
+        if isinstance(value, _Current) and (value.pending or not pool.preserves_constants):
+            value = self.materialize(value, "average pooling that weighs a bias by its position")
+        if isinstance(value, _Current):
+            self.note(node, "folded", "a sum, its divisor folded into the weights before it")
+            return self.current(node, tuple(t.then(node.name) for t in value.terms))
+        return self.on_counts(
+            node, operation, "sum_pool", "a sum, its divisor folded into the next weights"
+        )
+
+    def identity(self, node: fx.Node, operation: Operation) -> _Value:
+        (value,) = self.read(operation)
+        self.note(node, "removed", "does nothing in inference")
+        return value
+
+    def output(self, node: fx.Node) -> _Value:
+        for name, argument in flatten_outputs(node.args[0]).items():
+            value = self.values.get(argument.name) if isinstance(argument, fx.Node) else None
+            if isinstance(value, _Unknown):
+                continue
+            if value is None:
+                self.note(node, "unsupported", f"output {name} is no tensor", "return tensors")
+                continue
+            if isinstance(value, _Current) and any(
+                op.kind == "max_pool" for _, op in value.pending
+            ):
+                value = self.materialize(value, "max-pool at the output")
+            if isinstance(value, _Counts):
+                terms: tuple[Term, ...] = (Term(value.node, (f"{name}:0",)),)
+            else:
+                assert isinstance(value, _Current)
+                terms = value.terms
+            self.nodes.append(Output(name, argument.name, terms, self.shapes[argument.name]))
+        return None
+
+def _gains_positive(operation: Operation) -> bool:
+    """Return whether a BatchNorm preserves the order of its inputs in every channel."""
+    weight = operation.module.weight if operation.module is not None else None
+    return weight is None or (not weight.is_meta and bool((weight >= 0).all()))  # type: ignore[operator,union-attr]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size
+
+
+def inputs_of(node: PlanNode) -> Iterator[str]:
+    """Yield the names of the nodes a node reads."""
+    if isinstance(node, Relay):
+        yield from node.inputs
+    elif isinstance(node, (Neurons, Output)):
+        yield from (t.source for t in node.terms)

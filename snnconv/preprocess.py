@@ -1,0 +1,65 @@
+"""What happens to an image before the first layer: geometry, then pixels to integers.
+
+A network sees every image as 8-bit pixels `[N, C, H, W]`. The ANN normalises them,
+`(p/255 - mean)/std`; the spiking network takes the integers `p - round(255 mean)` and has
+`1/(255 std)` folded into its first weights (method.md, section 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnconv.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Geometry and normalisation of a network's input.
+
+    `input_size` is `(channels, height, width)` in pixels; `mean` and `std` are per channel, for
+    pixels scaled to 0..1; `crop_pct` and `interpolation` are timm's.
+    """
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        """Refuse values no image could have."""
+        channels = self.input_size[0]
+        if len(self.mean) != channels or len(self.std) != channels:
+            raise UsageError(
+                f"preprocessing: {len(self.mean)} means and {len(self.std)} standard deviations "
+                f"for {channels} input channels; give one of each per channel"
+            )
+        if any(s <= 0 for s in self.std):
+            raise UsageError(f"preprocessing: standard deviations must be positive, not {self.std}")
+
+    @property
+    def zero_point(self) -> tuple[int, ...]:
+        """Return the pixel value per channel that the spiking network counts as zero."""
+        return tuple(int(255 * m + 0.5) for m in self.mean)
+
+    def normalize(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return `(pixels/255 - mean)/std` of uint8 `[N, C, H, W]`, the ANN's input."""
+        mean = torch.tensor(self.mean, dtype=dtype, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=dtype, device=pixels.device).view(-1, 1, 1)
+        return (pixels.to(dtype) / 255 - mean) / std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Preprocessing:
+        """Rebuild from `to_dict`; unknown keys are an error."""
+        known = {f.name for f in fields(cls)}
+        if unknown := set(values) - known:
+            raise UsageError(f"preprocessing: unknown keys {sorted(unknown)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

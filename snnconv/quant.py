@@ -1,0 +1,209 @@
+"""The quantised ANN: T levels per activation, rounded half up (method.md, section 1).
+
+A `Qann` is the folded network: sources, maps that are exact on counts, and layers. A layer is a
+population of neurons, or a readout, with all the branches it sums. Without clips it computes
+the float ANN; with clips and T it computes what the spiking network converges to, up to the
+rounding of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnconv.ops import Pool, average_pool, convolve, max_pool, pad_border, per_channel, sum_pool
+from snnconv.plan import Key, Relay, Source
+
+Observer = Callable[["Layer", Tensor], None]
+
+
+def quantize(
+    x: Tensor, clip: Tensor, timesteps: int, *, two_sided: bool = False, offset: float = 0.5
+) -> Tensor:
+    """Return `s * clip(floor(x/s + offset), 0, T)` with `s = clip/T` (method.md, eq. 1).
+
+    `clip` broadcasts against `x`. Two-sided values go down to `-T`. `offset` is V0/threshold:
+    one half rounds half up, as a membrane that starts half full does.
+    """
+    step = clip / timesteps
+    low = -timesteps if two_sided else 0
+    return step * torch.floor(x / step + offset).clamp(low, timesteps)
+
+
+@dataclass
+class Branch:
+    """One linear map from a counts tensor into a layer's rows.
+
+    `kind` is conv (`weight [O, C/groups, kh, kw]`), linear (`[O, F]`) or scale (`[C]`, an
+    identity shortcut or a lone BatchNorm). `pools` are averaged over afterwards. `statistics`
+    are mean and standard deviation per row where a BatchNorm tells them.
+    """
+
+    source: str
+    key: Key
+    kind: str
+    weight: Tensor
+    attributes: dict[str, Any] = field(default_factory=dict)
+    pools: tuple[Pool, ...] = ()
+    statistics: tuple[Tensor, Tensor] | None = None
+
+
+def apply_weight(kind: str, attributes: dict[str, Any], weight: Tensor, x: Tensor) -> Tensor:
+    """Apply a branch's weights to `[N, C, H, W]` or `[N, F]`, in the tensors' number type."""
+    if kind == "conv":
+        return convolve(x, weight, **attributes)
+    if kind == "linear":
+        return x @ weight.t()
+    return x * per_channel(weight, x.ndim)
+
+
+class Layer(nn.Module):
+    """A population of neurons, or a readout: branches, one bias `[C]`, and the clip `[C]`.
+
+    `shape` is the layer's output without batch axis. `clip` is the float value of `T` counts;
+    it is unset (NaN) until calibrated and unused in a readout.
+    """
+
+    clip: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        branches: list[Branch],
+        bias: Tensor,
+        shape: tuple[int, ...],
+        *,
+        readout: bool = False,
+        two_sided: bool = False,
+        cap: float | None = None,
+    ) -> None:
+        """Hold copies of the branches' weights as float32 parameters."""
+        super().__init__()
+        self.name, self.path, self.shape = name, path, shape
+        self.readout, self.two_sided, self.cap = readout, two_sided, cap
+        self.branches = branches
+        self.weights = nn.ParameterList(nn.Parameter(b.weight.float()) for b in branches)
+        self.bias = nn.Parameter(bias.float())
+        self.register_buffer("clip", torch.full_like(self.bias.detach(), float("nan")))
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        """Return the layer's current, `[N, C, H, W]` or `[N, F]`, from its branches' inputs."""
+        total: Tensor | None = None
+        for branch, weight, x in zip(self.branches, self.weights, inputs, strict=True):
+            current = apply_weight(branch.kind, branch.attributes, weight, x)
+            for pool in branch.pools:
+                current = average_pool(current, pool)
+            total = current if total is None else total + current
+        assert total is not None
+        return total + per_channel(self.bias, total.ndim)
+
+
+class Qann(nn.Module):
+    """The folded network as a list of nodes in topological order."""
+
+    def __init__(self, nodes: list[Source | Relay | Layer]) -> None:
+        """Register the layers so that their parameters are the module's."""
+        super().__init__()
+        self.nodes = nodes
+        self.layers = nn.ModuleList(n for n in nodes if isinstance(n, Layer))
+
+    def populations(self) -> Iterator[Layer]:
+        """Yield the layers that have neurons, in topological order."""
+        for node in self.nodes:
+            if isinstance(node, Layer) and not node.readout:
+                yield node
+
+    def forward(
+        self,
+        images: Tensor,
+        timesteps: int | None = None,
+        *,
+        offset: float = 0.5,
+        observe: Observer | None = None,
+    ) -> dict[str, Tensor]:
+        """Return every readout for normalised images `[N, C, H, W]`.
+
+        With `timesteps` each activation is quantised to T levels of its clip, without it is the
+        plain ReLU (clamped at its natural cap). `observe` sees each population's current.
+        """
+        values: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        last_use = last_uses(self.nodes)
+        for position, node in enumerate(self.nodes):
+            if isinstance(node, Source):
+                values[node.name] = images
+            elif isinstance(node, Relay):
+                values[node.name] = relay(node, [values[i] for i in node.inputs], averaged=True)
+            else:
+                current = node([values[b.source] for b in node.branches])
+                if node.readout:
+                    outputs[node.name] = current.reshape(len(current), *node.shape)
+                else:
+                    if observe is not None:
+                        observe(node, current)
+                    values[node.name] = activate(node, current, timesteps, offset)
+            for name in last_use.get(position, ()):
+                del values[name]
+        return outputs
+
+
+def activate(layer: Layer, x: Tensor, timesteps: int | None, offset: float = 0.5) -> Tensor:
+    """Apply a population's activation: quantised to T levels, or as in the float ANN."""
+    if timesteps is not None:
+        clip = per_channel(layer.clip, x.ndim)
+        return quantize(x, clip, timesteps, two_sided=layer.two_sided, offset=offset)
+    if not layer.two_sided:
+        return x.clamp(min=0, max=layer.cap)
+    return x if layer.cap is None else x.clamp(-layer.cap, layer.cap)
+
+
+def relay(
+    node: Relay, inputs: list[Tensor], lowest: int | None = None, *, averaged: bool = False
+) -> Tensor:
+    """Apply a map that is exact on counts, to counts or to float activations.
+
+    `lowest` is the smallest count there can be, the border of a max-pool; None takes the lowest
+    the maps can hold. `averaged` divides a sum_pool, as float activations need.
+    """
+    x, attributes = inputs[0], node.attributes
+    if node.op == "max_pool":
+        if lowest is None:
+            lowest = -(2**30)
+        return max_pool(x, lowest=lowest, **attributes)
+    if node.op == "sum_pool":
+        return average_pool(x, attributes["pool"]) if averaged else sum_pool(x, attributes["pool"])
+    if node.op == "concat":
+        return torch.cat(inputs, 1)
+    if node.op == "slice":
+        return x[(slice(None), *(slice(*s) for s in attributes["slices"]))]
+    if node.op == "pad":
+        return pad_border(x, attributes["padding"])
+    if node.op == "flatten":
+        return x.flatten(1)
+    raise ValueError(f"{node.name}: unknown map {node.op!r}")
+
+
+def last_uses(nodes: list[Any]) -> dict[int, list[str]]:
+    """Map each position to the names of the nodes that nothing behind it reads."""
+    last: dict[str, int] = {}
+    for position, node in enumerate(nodes):
+        last[node.name] = position
+        for name in reads(node):
+            last[name] = position
+    uses: dict[int, list[str]] = {}
+    for name, position in last.items():
+        if not getattr(nodes[position], "readout", False) or nodes[position].name != name:
+            uses.setdefault(position, []).append(name)
+    return uses
+
+
+def reads(node: Any) -> Iterator[str]:
+    """Yield the names of the nodes that a node of a Qann or a SpikingNetwork reads."""
+    yield from getattr(node, "inputs", ())
+    for branch in getattr(node, "branches", ()):
+        yield branch.source
