@@ -144,9 +144,7 @@ def _from_statistics(qann: Qann) -> dict[str, Histogram]:
 
 
 def _relay_moments(node: Relay, inputs: list[_Moments]) -> _Moments:
-    mean, variance = (
-        torch.cat([getattr(m, key) for m in inputs]) for key in ("mean", "variance")
-    )
+    mean, variance = (torch.cat([getattr(m, key) for m in inputs]) for key in ("mean", "variance"))
     channels = node.shape[0]
     if node.op == "slice":
         kept = slice(*node.attributes["slices"][0])

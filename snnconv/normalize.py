@@ -102,8 +102,9 @@ def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Ten
         return worth[kept], constant[kept]
     if node.op == "pad" and node.shape[0] != len(worth):
         before = node.attributes["padding"][4]
-        grown = torch.ones(node.shape[0], dtype=torch.float64), torch.zeros(
-            node.shape[0], dtype=torch.float64
+        grown = (
+            torch.ones(node.shape[0], dtype=torch.float64),
+            torch.zeros(node.shape[0], dtype=torch.float64),
         )
         for target, part in zip(grown, (worth, constant), strict=True):
             target[before : before + len(part)] = part
@@ -136,9 +137,7 @@ def _times_inputs(branch: Branch, weight: Tensor, vector: Tensor) -> Tensor:
     return (weight.view(groups, -1, *weight.shape[1:]) * per_group).view_as(weight)
 
 
-def _rows(
-    layer: Layer, values: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[list[Tensor], Tensor]:
+def _rows(layer: Layer, values: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """Return every branch's W' = W theta_source, and the bias with the inputs' constants."""
     rows = []
     bias = layer.bias.detach().double()

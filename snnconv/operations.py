@@ -244,8 +244,7 @@ def _adaptive_average(inputs: Any, shape: tuple[int, ...], size: Any) -> Operati
     if len(shape) != 3:
         return unsupported(f"adaptive pooling over {len(shape)} axes", "use [N, C, H, W]")
     h, w = (
-        adaptive_windows(n, s)
-        for n, s in zip(shape[1:], _output_size(shape, size), strict=True)
+        adaptive_windows(n, s) for n, s in zip(shape[1:], _output_size(shape, size), strict=True)
     )
     return Operation("average_pool", inputs, {"pool": Pool(h, w)})
 
@@ -363,9 +362,7 @@ def _function(
             return Operation("flatten", inputs)
         return unsupported("a reshape other than flattening all axes but the batch")
     if name == "pad":
-        return _pad(
-            inputs, shape, list(arg(1, "pad")), arg(2, "mode", "constant"), arg(3, "value")
-        )
+        return _pad(inputs, shape, list(arg(1, "pad")), arg(2, "mode", "constant"), arg(3, "value"))
     if target is operator.getitem:
         return _slice(node, inputs, shape)
     if name in ("dropout", "identity"):

@@ -44,7 +44,9 @@ class Pool:
     def largest_sum(self) -> int:
         """Return the largest value `sum_pool` gives on an input of ones."""
         return max(
-            self.lcm // (a[2] * b[2]) * (a[1] - a[0]) * (b[1] - b[0]) for a in self.h for b in self.w
+            self.lcm // (a[2] * b[2]) * (a[1] - a[0]) * (b[1] - b[0])
+            for a in self.h
+            for b in self.w
         )
 
     def factors(self) -> Tensor:

@@ -292,9 +292,7 @@ class _Planner:
         why = f"{operation.kind} of a current that no neuron follows"
         inputs = tuple(self.materialize(v, why) for v in self.read(operation))
         self.note(node, "exact", reason)
-        return self.relay(
-            node.name, op, inputs, self.shapes[node.name], dict(operation.attributes)
-        )
+        return self.relay(node.name, op, inputs, self.shapes[node.name], dict(operation.attributes))
 
     def input(self, node: fx.Node, operation: Operation) -> _Value:
         shape = self.shapes[node.name]
@@ -419,6 +417,7 @@ class _Planner:
                 terms = value.terms
             self.nodes.append(Output(name, argument.name, terms, self.shapes[argument.name]))
         return None
+
 
 def _gains_positive(operation: Operation) -> bool:
     """Return whether a BatchNorm preserves the order of its inputs in every channel."""

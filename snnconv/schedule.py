@@ -35,9 +35,7 @@ class Schedule:
         """Check the values, and settle D = 0 where the schedule has no drain."""
         check_timesteps(self.timesteps)
         if self.name not in SCHEDULES:
-            raise UsageError(
-                f"unknown schedule {self.name!r}; choose from {', '.join(SCHEDULES)}"
-            )
+            raise UsageError(f"unknown schedule {self.name!r}; choose from {', '.join(SCHEDULES)}")
         if self.drain is not None and self.drain < 0:
             raise UsageError(f"--drain must be 'auto' or at least 0, not {self.drain}")
         if self.stagger < 1:

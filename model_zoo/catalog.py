@@ -1,0 +1,49 @@
+"""What the zoo holds, readable without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """A network of the zoo.
+
+    `arch` is the name timm knows it by; `weights` a file in the package, or None where the user
+    brings the checkpoint.
+    """
+
+    name: str
+    arch: str
+    description: str
+    reference: str
+    weights: str | None = None
+
+    @property
+    def path(self) -> Path | None:
+        """Return where the weights lie."""
+        return None if self.weights is None else WEIGHTS / self.weights
+
+
+def entries() -> list[ZooEntry]:
+    """List every network of the zoo."""
+    digits = ZooEntry(
+        "digits",
+        "digits_resnet",
+        "residual network on scikit-learn's 8x8 digits, trained by model_zoo/train_digits.py",
+        "UCI Optical Recognition of Handwritten Digits, by way of scikit-learn",
+        "digits_resnet.safetensors",
+    )
+    resnets = [
+        ZooEntry(
+            f"cifar_resnet{depth}",
+            f"cifar_resnet{depth}",
+            f"ResNet-{depth} for 32x32 images, shortcuts of option A or B (-m shortcut=B)",
+            "He et al., arXiv 1512.03385, section 4.2",
+        )
+        for depth in (20, 32, 44, 56, 110)
+    ]
+    return [digits, *resnets]

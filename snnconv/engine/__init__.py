@@ -1,0 +1,1 @@
+"""Run a spiking network: one interface, several engines, the same bits."""
