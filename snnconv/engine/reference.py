@@ -1,0 +1,132 @@
+"""The reference engine: step by step, in int64, with the membrane of every neuron.
+
+Slow and literal, it is the truth the other engines are held to.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snnconv.engine.trace import Trace
+from snnconv.network import Image, Population, Readout, SpikingNetwork
+from snnconv.neuron import initial_membrane, step
+from snnconv.ops import per_channel, sum_pool
+from snnconv.plan import Relay
+from snnconv.quant import apply_weight, relay
+from snnconv.schedule import Schedule
+
+
+def run(network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> Trace:
+    """Simulate uint8 images `[N, C, H, W]` under a schedule."""
+    with torch.no_grad():
+        return _Simulation(network, pixels, schedule).run()
+
+
+class _Simulation:
+    """The state of every node: cumulative counts, membranes, and what has been injected."""
+
+    def __init__(self, network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> None:
+        self.network, self.schedule = network, schedule
+        self.images = len(pixels)
+        self.limits = network.count_limits(schedule.timesteps)
+        self.pixels = pixels.long()
+        self.device = pixels.device
+        self.counts: dict[str, Tensor] = {}
+        self.previous: dict[str, Tensor] = {}
+        self.membranes: dict[str, Tensor] = {}
+        self.charges: dict[str, list[Tensor]] = {r.name: [] for r in network.readouts}
+        self.injected = {n.name: 0 for n in network.nodes}
+        self.spikes = {p.name: self._zeros(2) for p in network.populations}
+        self.last_spike = self._zeros()
+        for p in network.populations:
+            start = initial_membrane(
+                p.threshold.to(self.device, torch.int64), network.initial_membrane
+            )
+            shape = (self.images, *p.shape)
+            self.membranes[p.name] = per_channel(start, len(shape)).expand(shape).clone()
+            self.counts[p.name] = self._zeros(*p.shape)
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(self.images, *shape, dtype=torch.int64, device=self.device)
+
+    def run(self) -> Trace:
+        schedule = self.schedule
+        t = 0
+        while t < schedule.longest:
+            t += 1
+            fired = self._step(t)
+            if schedule.drain is None and t >= schedule.steps_before_drain and not fired:
+                break
+        return Trace(
+            schedule,
+            t,
+            {name: torch.stack(charges) for name, charges in self.charges.items()},
+            {
+                r.name: [schedule.bias_steps(s, r.depth) for s in range(1, t + 1)]
+                for r in self.network.readouts
+            },
+            {p.name: self.counts[p.name] for p in self.network.populations},
+            self.spikes,
+            self.last_spike,
+        )
+
+    def _step(self, t: int) -> bool:
+        """Advance by one step; return whether any neuron fired."""
+        fired = False
+        for node in self.network.nodes:
+            if isinstance(node, Image):
+                zero = torch.tensor(node.zero_point, device=self.device).view(-1, 1, 1)
+                self.counts[node.name] = self.schedule.bias_steps(t, 0) * (self.pixels - zero)
+            elif isinstance(node, Relay):
+                inputs = [self.counts[i] for i in node.inputs]
+                lowest = self.limits[node.inputs[0]][0]
+                self.counts[node.name] = relay(node, inputs, lowest)
+            elif isinstance(node, Readout):
+                past = self.charges[node.name]
+                charge = self._current(node, t).view(self.images, *node.shape)
+                past.append(past[-1] + charge if past else charge)
+            else:
+                fired |= self._fire(node, t)
+        self.previous = dict(self.counts)
+        return fired
+
+    def _current(self, node: Population | Readout, t: int) -> Tensor:
+        """Return what arrives in this step: the spikes of the sources, and bias."""
+        injected = self.schedule.bias_steps(t, node.depth)
+        bias = node.bias.to(self.device, torch.int64) * (injected - self.injected[node.name])
+        self.injected[node.name] = injected
+        total: Tensor | None = None
+        for synapse in node.branches:
+            counts = self.counts[synapse.source]
+            spikes = counts - self.previous.get(synapse.source, torch.zeros_like(counts))
+            weight = synapse.weight.to(self.device, torch.int64)
+            current = apply_weight(synapse.kind, synapse.attributes, weight, spikes)
+            for pool in synapse.pools:
+                current = sum_pool(current, pool)
+            current = current << per_channel(synapse.shift.to(self.device).long(), current.ndim)
+            total = current if total is None else total + current
+        assert total is not None
+        return total + per_channel(bias, total.ndim)
+
+    def _fire(self, node: Population, t: int) -> bool:
+        membrane = self.membranes[node.name] + self._current(node, t)
+        if self.schedule.fires(t, node.depth):
+            threshold = per_channel(node.threshold.to(self.device, torch.int64), membrane.ndim)
+            spikes, membrane, self.counts[node.name] = step(
+                membrane,
+                self.counts[node.name],
+                threshold,
+                self.schedule.timesteps,
+                self.limits[node.name][0],
+                self.network.signed(node),
+            )
+            per_image = spikes.flatten(1)
+            self.spikes[node.name] += torch.stack(
+                [(per_image > 0).sum(1), (per_image < 0).sum(1)], 1
+            )
+            self.last_spike[per_image.any(1)] = t
+            self.membranes[node.name] = membrane
+            return bool(per_image.any())
+        self.membranes[node.name] = membrane
+        return False

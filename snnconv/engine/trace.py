@@ -1,0 +1,63 @@
+"""What a simulation yields, the same from every engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snnconv.network import SpikingNetwork
+from snnconv.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The course of one batch of N images over `steps` time steps; all tensors are integers.
+
+    `charges` hold per readout the accumulated charge after each step, `[steps, N, ...]`, and
+    `bias_steps` how many times its bias was in it. `counts` are the final counts per population,
+    `[N, ...]`; `spikes` the number of positive and negative spikes per population and image,
+    `[N, 2]`. `last_spike` is the step of each image's last spike, 0 if there was none, `[N]`.
+
+    An image that is quiet is not affected by others of its batch that are not: its charges
+    simply stay as they are.
+    """
+
+    schedule: Schedule
+    steps: int
+    charges: dict[str, Tensor]
+    bias_steps: dict[str, list[int]]
+    counts: dict[str, Tensor]
+    spikes: dict[str, Tensor]
+    last_spike: Tensor
+
+    @property
+    def drain_steps(self) -> Tensor:
+        """Return per image the steps between the last bias and the last spike, `[N]`."""
+        return (self.last_spike - self.schedule.steps_before_drain).clamp_min(0)
+
+    def logits(self, network: SpikingNetwork, name: str) -> Tensor:
+        """Return a readout after every step, float64 `[steps, N, ...]`.
+
+        Not-a-number before the readout's first active step.
+        """
+        (readout,) = (r for r in network.readouts if r.name == name)
+        injected = torch.tensor(self.bias_steps[name], dtype=torch.float64)
+        divisor = torch.where(injected > 0, injected, torch.nan)
+        charge = self.charges[name].double()
+        return readout.unit * charge / divisor.view(-1, *[1] * (charge.ndim - 1)).to(charge.device)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where every exact schedule ends: final counts and readout charges, integers `[N, ...]`."""
+
+    timesteps: int
+    counts: dict[str, Tensor]
+    charges: dict[str, Tensor]
+
+    def logits(self, network: SpikingNetwork, name: str) -> Tensor:
+        """Return a readout, float64 `[N, ...]`."""
+        (readout,) = (r for r in network.readouts if r.name == name)
+        return readout.unit * self.charges[name].double() / self.timesteps
