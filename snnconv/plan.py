@@ -244,7 +244,10 @@ class _Planner:
         return _Current(terms, node.name, self.shapes[node.name])
 
     def read(self, operation: Operation) -> list[_Value]:
-        return [self.values[n.name] for n in operation.inputs]
+        """Return the inputs' values; a current that has got a neuron since is read as counts."""
+        values = [self.values[n.name] for n in operation.inputs]
+        known = [self.values.get(v.site) if isinstance(v, _Current) else None for v in values]
+        return [k if isinstance(k, _Counts) else v for k, v in zip(known, values, strict=True)]
 
     def materialize(self, value: _Value, why: str) -> _Counts:
         """Put a two-sided neuron on a current, so that it becomes counts for all who read it."""

@@ -44,8 +44,13 @@ def run(network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> Trace:
     return _join(parts, schedule)
 
 
-def endpoint(network: SpikingNetwork, pixels: Tensor, timesteps: int) -> Endpoint:
-    """Compute where every exact schedule ends, in one pass (method.md, section 4.5)."""
+def endpoint(
+    network: SpikingNetwork, pixels: Tensor, timesteps: int, *, maps: bool = False
+) -> Endpoint:
+    """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
+
+    With `maps` the counts of pooling, concatenation and the like are kept beside the neurons'.
+    """
     prepared = _prepare(network, timesteps, pixels.device)
     values: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
@@ -57,6 +62,8 @@ def endpoint(network: SpikingNetwork, pixels: Tensor, timesteps: int) -> Endpoin
                 values[node.name] = timesteps * _centered(node, pixels)
             elif isinstance(node, Relay):
                 values[node.name] = _relay(node, values, prepared.limits)
+                if maps:
+                    counts[node.name] = values[node.name][0]
             else:
                 charge = prepared.charges[node.name]
                 total = sum(
