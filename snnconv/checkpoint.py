@@ -1,0 +1,283 @@
+"""Read and write spiking checkpoints, `NAME.snn.safetensors`.
+
+One safetensors file holds the whole network: its graph and settings as JSON in the metadata, its
+integers, row units and clips as tensors. The scale sigma of a synapse is its row unit times
+`2^shift`. Loading needs nothing else: no timm model code, no original checkpoint, no pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnconv.errors import CheckpointError, SnnconvError, UsageError
+from snnconv.network import Image, Node, Population, Readout, SpikingNetwork, Synapse
+from snnconv.neuron import INITIAL_MEMBRANES, NEURONS
+from snnconv.ops import Pool
+from snnconv.plan import Relay
+from snnconv.preprocess import Preprocessing
+from snnconv.schedule import SCHEDULES, check_timesteps
+
+FORMAT = 1
+SUFFIX = ".snn.safetensors"
+_KEY = "snnconv"
+_RELAYS = {
+    "max_pool": {"kernel", "stride", "padding", "dilation", "ceil_mode"},
+    "sum_pool": {"pool"},
+    "concat": set(),
+    "slice": {"slices"},
+    "pad": {"padding"},
+    "flatten": set(),
+}
+_SYNAPSES = {
+    "conv": {"stride", "padding", "dilation", "groups"},
+    "linear": set(),
+    "scale": set(),
+}
+
+
+def save(network: SpikingNetwork, path: Path) -> None:
+    """Write a network; the file appears whole or not at all, and the same network gives the same
+    bytes.
+    """
+    from safetensors.torch import save as to_bytes
+
+    tensors: dict[str, Tensor] = {}
+    header = {
+        "format": FORMAT,
+        "graph": [_node_to_json(node, tensors) for node in network.nodes],
+        "preprocessing": network.preprocessing.to_dict(),
+        "timesteps": network.timesteps,
+        "schedule": network.schedule,
+        "neuron": network.neuron,
+        "initial_membrane": network.initial_membrane,
+        "weight_bits": network.weight_bits,
+        "model": network.model,
+        "provenance": network.provenance,
+    }
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    contents = to_bytes({k: v.contiguous() for k, v in tensors.items()}, {_KEY: text})
+    write_atomically(path, contents)
+
+
+def write_atomically(path: Path, contents: bytes) -> None:
+    """Write a file beside its place and move it there when it is complete."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(contents)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load(path: Path) -> SpikingNetwork:
+    """Rebuild a network from its file alone.
+
+    Raises CheckpointError if the file is missing, damaged, no spiking checkpoint, of a newer
+    format, or inconsistent.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if _KEY not in metadata:
+                raise CheckpointError(
+                    f"{path} is no spiking checkpoint; make one of it with snnconv convert"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is damaged or no spiking checkpoint ({error}); convert the network again"
+        ) from error
+    try:
+        header = json.loads(metadata[_KEY])
+        found = header["format"]
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {found}, this snnconv reads format {FORMAT}; "
+                + ("update snnconv" if found > FORMAT else "convert the network again")
+            )
+        return _from_header(header, tensors)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SnnconvError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(
+            f"{path} is inconsistent: {what}; convert the network again"
+        ) from error
+
+
+def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
+    check_timesteps(header["timesteps"])
+    for key, known in (
+        ("schedule", SCHEDULES),
+        ("neuron", NEURONS),
+        ("initial_membrane", INITIAL_MEMBRANES),
+    ):
+        if header[key] not in known:
+            raise UsageError(f"unknown {key} {header[key]!r}")
+    nodes: list[Node] = []
+    known_names: set[str] = set()
+    for entry in header["graph"]:
+        node = _node_from_json(entry, tensors)
+        missing = set(_inputs(node)) - known_names
+        if missing or node.name in known_names:
+            raise ValueError(f"node {node.name} reads {sorted(missing)} or stands twice")
+        known_names.add(node.name)
+        nodes.append(node)
+    if not any(isinstance(n, Readout) for n in nodes):
+        raise ValueError("the graph has no readout")
+    return SpikingNetwork(
+        tuple(nodes),
+        Preprocessing.from_dict(header["preprocessing"]),
+        header["timesteps"],
+        header["schedule"],
+        header["neuron"],
+        header["initial_membrane"],
+        header["weight_bits"],
+        header["model"],
+        header["provenance"],
+    )
+
+
+def _inputs(node: Node) -> tuple[str, ...]:
+    if isinstance(node, Relay):
+        return node.inputs
+    return () if isinstance(node, Image) else tuple(s.source for s in node.branches)
+
+
+def _node_to_json(node: Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    if isinstance(node, Image):
+        kind, values = "image", {"shape": node.shape, "zero_point": node.zero_point}
+    elif isinstance(node, Relay):
+        kind = "map"
+        values = {
+            "op": node.op,
+            "inputs": node.inputs,
+            "shape": node.shape,
+            "attributes": _plain(node.attributes),
+        }
+    else:
+        values = {"shape": node.shape, "depth": node.depth}
+        values["branches"] = [
+            _synapse_to_json(synapse, f"{node.name}/{i}", tensors)
+            for i, synapse in enumerate(node.branches)
+        ]
+        tensors[f"{node.name}/bias"] = node.bias
+        if isinstance(node, Readout):
+            kind = "readout"
+            values["unit"] = node.unit
+        else:
+            kind = "neurons"
+            values |= {"path": node.path, "two_sided": node.two_sided}
+            for name in ("threshold", "row_unit", "clip"):
+                tensors[f"{node.name}/{name}"] = getattr(node, name)
+    return {"kind": kind, "name": node.name, **values}
+
+
+def _synapse_to_json(synapse: Synapse, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    tensors[f"{prefix}.weight"], tensors[f"{prefix}.shift"] = synapse.weight, synapse.shift
+    return {
+        "source": synapse.source,
+        "key": synapse.key,
+        "kind": synapse.kind,
+        "attributes": _plain(synapse.attributes),
+        "pools": [_plain(pool) for pool in synapse.pools],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Pool):
+        return {"h": value.h, "w": value.w}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def _pool(value: dict[str, Any]) -> Pool:
+    return Pool(_tuples(value["h"]), _tuples(value["w"]))
+
+
+def _attributes(value: dict[str, Any], expected: set[str]) -> dict[str, Any]:
+    if set(value) != expected:
+        raise ValueError(f"attributes {sorted(value)} where {sorted(expected)} belong")
+    return {k: _pool(v) if k == "pool" else _tuples(v) for k, v in value.items()}
+
+
+def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
+    name, kind, shape = entry["name"], entry["kind"], _tuples(entry["shape"])
+    if kind == "image":
+        return Image(name, shape, _tuples(entry["zero_point"]))
+    if kind == "map":
+        expected = _RELAYS[entry["op"]]
+        attributes = _attributes(entry["attributes"], expected)
+        return Relay(name, entry["op"], _tuples(entry["inputs"]), shape, attributes)
+    if kind not in ("neurons", "readout"):
+        raise ValueError(f"node {name} is of unknown kind {kind!r}")
+    bias = _tensor(tensors, f"{name}/bias", torch.int32)
+    branches = tuple(
+        _synapse_from_json(b, f"{name}/{i}", tensors, len(bias))
+        for i, b in enumerate(entry["branches"])
+    )
+    if not branches:
+        raise ValueError(f"{name} has no synapses")
+    if kind == "readout":
+        return Readout(name, branches, bias, shape, entry["depth"], float(entry["unit"]))
+    threshold = _tensor(tensors, f"{name}/threshold", torch.int32, len(bias))
+    if int(threshold.min()) < 1:
+        raise ValueError(f"{name} has thresholds below 1")
+    return Population(
+        name,
+        entry["path"],
+        branches,
+        threshold,
+        bias,
+        shape,
+        entry["two_sided"],
+        entry["depth"],
+        _tensor(tensors, f"{name}/row_unit", torch.float64, len(bias)),
+        _tensor(tensors, f"{name}/clip", torch.float64, len(bias)),
+    )
+
+
+def _synapse_from_json(
+    entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor], rows: int
+) -> Synapse:
+    kind = entry["kind"]
+    attributes = _attributes(entry["attributes"], _SYNAPSES[kind])
+    dtype = torch.int32 if kind == "scale" else torch.int8
+    weight = _tensor(tensors, f"{prefix}.weight", dtype, rows)
+    if weight.ndim != {"conv": 4, "linear": 2, "scale": 1}[kind]:
+        raise ValueError(f"{prefix}.weight has {weight.ndim} axes")
+    shift = _tensor(tensors, f"{prefix}.shift", torch.int32, rows)
+    if not 0 <= int(shift.min()) <= int(shift.max()) < 31:
+        raise ValueError(f"{prefix}.shift is out of range")
+    pools = tuple(_pool(p) for p in entry["pools"])
+    return Synapse(entry["source"], tuple(entry["key"]), kind, weight, shift, attributes, pools)
+
+
+def _tensor(
+    tensors: dict[str, Tensor], name: str, dtype: torch.dtype, rows: int | None = None
+) -> Tensor:
+    tensor = tensors[name]
+    if tensor.dtype != dtype or (rows is not None and len(tensor) != rows):
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+    return tensor
