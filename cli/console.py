@@ -20,12 +20,19 @@ PLAIN_SECONDS = 5.0
 UNCUT = 10_000
 
 _emitted = False
+_arguments: tuple[str, ...] = ()
 
 
-def start() -> None:
-    """Forget that a JSON object was printed; called once per run of the command line."""
-    global _emitted
+def start(arguments: Sequence[str]) -> None:
+    """Begin a run of the command line: remember its arguments, and that nothing was printed."""
+    global _emitted, _arguments
     _emitted = False
+    _arguments = tuple(arguments)
+
+
+def arguments() -> tuple[str, ...]:
+    """Return the arguments of this run, as reports state them."""
+    return _arguments
 
 
 def emitted() -> bool:

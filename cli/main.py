@@ -93,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def run(args: Sequence[str]) -> int:
     """Run the command line and return its exit code; the only place that prints errors."""
-    console.start()
+    console.start(args)
     try:
         code = group.main(args=list(args), prog_name="snnconv", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -2,8 +2,8 @@
 
     python -m snnconv.model_zoo.train_digits
 
-takes less than a minute. Hyperparameters were set beforehand; the test accuracy is measured once, at
-the end.
+takes less than a minute. Hyperparameters were set beforehand; the test accuracy is measured once,
+at the end.
 """
 
 from __future__ import annotations

@@ -26,6 +26,17 @@ from snnconv.schedule import SCHEDULES, check_timesteps
 
 FORMAT = 1
 SUFFIX = ".snn.safetensors"
+SETTINGS = (
+    "timesteps",
+    "schedule",
+    "drain",
+    "stagger",
+    "neuron",
+    "initial_membrane",
+    "weight_bits",
+    "model",
+    "provenance",
+)
 _KEY = "snnconv"
 _RELAYS = {
     "max_pool": {"kernel", "stride", "padding", "dilation", "ceil_mode"},
@@ -53,13 +64,7 @@ def save(network: SpikingNetwork, path: Path) -> None:
         "format": FORMAT,
         "graph": [_node_to_json(node, tensors) for node in network.nodes],
         "preprocessing": network.preprocessing.to_dict(),
-        "timesteps": network.timesteps,
-        "schedule": network.schedule,
-        "neuron": network.neuron,
-        "initial_membrane": network.initial_membrane,
-        "weight_bits": network.weight_bits,
-        "model": network.model,
-        "provenance": network.provenance,
+        **{key: getattr(network, key) for key in SETTINGS},
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
     contents = to_bytes({k: v.contiguous() for k, v in tensors.items()}, {_KEY: text})
@@ -141,17 +146,13 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingN
         nodes.append(node)
     if not any(isinstance(n, Readout) for n in nodes):
         raise ValueError("the graph has no readout")
-    return SpikingNetwork(
+    network = SpikingNetwork(
         tuple(nodes),
         Preprocessing.from_dict(header["preprocessing"]),
-        header["timesteps"],
-        header["schedule"],
-        header["neuron"],
-        header["initial_membrane"],
-        header["weight_bits"],
-        header["model"],
-        header["provenance"],
+        **{key: header[key] for key in SETTINGS},
     )
+    network.timetable()
+    return network
 
 
 def _inputs(node: Node) -> tuple[str, ...]:

@@ -243,7 +243,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(
@@ -259,7 +259,7 @@ def _weights(path: Path, contents: dict[str, Any]) -> dict[str, Tensor]:
     state = {k: v for k, v in contents.items() if isinstance(v, Tensor)}
     if not state:
         raise CheckpointError(
-            f"{path} holds no weights; it has {', '.join(map(str, list(contents)[:5])) or 'nothing'}"
+            f"{path} holds no weights, but {', '.join(map(str, list(contents)[:5])) or 'nothing'}"
         )
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
@@ -301,7 +301,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], path: Path, arch: str) 
     ]
     if problems:
         raise CheckpointError(
-            f"{path.name} does not fit {arch} ({len(problems)} problems); check --arch and --model-arg",
+            f"{path.name} does not fit {arch}; check --arch and --model-arg",
             problems,
         )
     model.load_state_dict({**{k: own[k] for k in counters}, **state})

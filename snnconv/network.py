@@ -18,6 +18,7 @@ from snnconv.ops import Pool
 from snnconv.plan import Key, Relay
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import reads
+from snnconv.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,18 @@ Node = Image | Relay | Population | Readout
 class SpikingNetwork:
     """An integer spiking network and what it was made for.
 
-    `timesteps` is the T it was calibrated or trained for, `schedule` the one it is run under by
-    default, `neuron` and `initial_membrane` the kind of its neurons. `model` describes the ANN
-    it came from, `provenance` how it was made; both are plain JSON values.
+    `timesteps` is the T it was calibrated or trained for; `schedule`, `drain` and `stagger` are
+    what it is run under by default, `neuron` and `initial_membrane` the kind of its neurons.
+    `model` describes the ANN it came from, `provenance` how it was made; both are plain JSON
+    values.
     """
 
     nodes: tuple[Node, ...]
     preprocessing: Preprocessing
     timesteps: int
     schedule: str = "drain"
+    drain: int | None = None
+    stagger: int = 1
     neuron: str = "signed"
     initial_membrane: str = "half"
     weight_bits: int = 8
@@ -125,6 +129,19 @@ class SpikingNetwork:
     def neurons(self) -> int:
         """Return the number of neurons."""
         return sum(torch.Size(p.shape).numel() for p in self.populations)
+
+    def timetable(self, timesteps: int | None = None, **changes: Any) -> Schedule:
+        """Return the schedule to run under, at T and with the `name`, `drain`, `stagger` given.
+
+        A drain belongs to its schedule: another `name` starts from the automatic one. Raises
+        UsageError for values that make no sense.
+        """
+        settings = {"name": self.schedule, "drain": self.drain, "stagger": self.stagger}
+        if changes.get("name", self.schedule) != self.schedule:
+            settings["drain"] = None
+        return Schedule(
+            timesteps=timesteps or self.timesteps, depth=self.depth, **(settings | changes)
+        )
 
     def signed(self, population: Population) -> bool:
         """Return whether a population emits negative spikes."""

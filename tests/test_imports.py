@@ -26,7 +26,7 @@ LAYERS = [
     {"normalize"},
     {"checkpoint", "engine"},
     {"verify", "finetune"},
-    {"measure"},
+    {"convert", "measure"},
     {"report", "export"},
     {"cli"},
 ]

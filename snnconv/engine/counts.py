@@ -162,8 +162,7 @@ class _Simulation:
         self._retire(torch.zeros(len(self.running), device=self.device))
         steps = done
         if schedule.drain is None:
-            quiet = max(int(self.last_spike.max()) + 1, schedule.steps_before_drain)
-            steps = min(quiet, schedule.longest)
+            steps = max(int(self.last_spike.max()), schedule.steps_before_drain)
         return Trace(
             schedule,
             steps,

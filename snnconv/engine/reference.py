@@ -57,11 +57,12 @@ class _Simulation:
             t += 1
             fired = self._step(t)
             if schedule.drain is None and t >= schedule.steps_before_drain and not fired:
+                t = max(int(self.last_spike.max()), schedule.steps_before_drain)
                 break
         return Trace(
             schedule,
             t,
-            {name: torch.stack(charges) for name, charges in self.charges.items()},
+            {name: torch.stack(charges[:t]) for name, charges in self.charges.items()},
             {
                 r.name: [schedule.bias_steps(s, r.depth) for s in range(1, t + 1)]
                 for r in self.network.readouts

@@ -1,0 +1,259 @@
+"""`snnconv eval`: measure a spiking checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from snnconv.errors import UsageError
+
+from . import console, options
+from .convert import parse_drain
+
+SHOWN_STEPS = 12
+
+
+@options.command(
+    "eval",
+    example="snnconv eval --timesteps 8\n"
+    "snnconv eval resnet20.snn.safetensors --data DIR --schedule wait --json",
+)
+@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@options.data_option
+@click.option(
+    "--split",
+    type=click.Choice(["train", "test"]),
+    default="test",
+    show_default=True,
+    help="Which images; choose settings on train only.",
+)
+@click.option(
+    "-T", "--timesteps", type=click.IntRange(1, 4095), help="T.  [default: the checkpoint's]"
+)
+@click.option(
+    "--schedule",
+    type=click.Choice(["paper", "drain", "stagger", "wait"]),
+    help="When layers start and stop.  [default: the checkpoint's]",
+)
+@click.option(
+    "--drain",
+    metavar="auto|N",
+    help="Steps after the last input: until nothing fires, or N.  [default: the checkpoint's]",
+)
+@click.option(
+    "--stagger",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="With --schedule stagger, a layer starts K steps after the one before.  [default: 1]",
+)
+@click.option(
+    "--neuron",
+    type=click.Choice(["signed", "unsigned"]),
+    help="Whether neurons may emit negative spikes.  [default: the checkpoint's]",
+)
+@click.option(
+    "--initial-membrane",
+    type=click.Choice(["half", "zero"]),
+    help="V0, half a threshold or zero.  [default: the checkpoint's]",
+)
+@click.option(
+    "--ann",
+    metavar="CHECKPOINT",
+    help="Measure the ANN too, and its float QANN: the source that was converted.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["counts", "reference"]),
+    default="counts",
+    show_default=True,
+    help="How to simulate; the results are the same.",
+)
+@options.output_option("Report (JSON).  [default: NAME.SETTINGS.eval.json beside the checkpoint]")
+@options.force_option
+@options.limit_option
+@options.seed_option
+@options.device_option
+@options.json_option
+@options.verbosity_options
+def command(
+    checkpoint: Path | None,
+    data: str | None,
+    split: str,
+    timesteps: int | None,
+    schedule: str | None,
+    drain: str | None,
+    stagger: int | None,
+    neuron: str | None,
+    initial_membrane: str | None,
+    ann: str | None,
+    engine: str,
+    output: Path | None,
+    force: bool,
+    limit: int | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> None:
+    """Simulate a spiking checkpoint, by default the newest here, and report what it does.
+
+    Shows the accuracy at every step, the agreement with the quantised ANN, spikes and latency, and
+    writes them to a report. An earlier report of the same settings is replaced.
+    """
+    changes: dict[str, Any] = {}
+    if schedule is not None:
+        changes["name"] = schedule
+    if drain is not None:
+        changes["drain"] = parse_drain(drain)
+    if stagger is not None:
+        changes["stagger"] = stagger
+    path = checkpoint or options.newest_checkpoint()
+    where = options.require_data(data)
+
+    from snnconv import report
+    from snnconv.checkpoint import load
+    from snnconv.data import choose_indices, open_data
+    from snnconv.measure import evaluate
+    from snnconv.normalize import with_settings
+
+    network = load(path)
+    if checkpoint is None:
+        console.note(f"using {path}", quiet)
+    settings = {"neuron": neuron, "initial_membrane": initial_membrane}
+    network = with_settings(network, **{k: v for k, v in settings.items() if v is not None})
+    timetable = network.timetable(timesteps, **changes)
+    if stagger is not None and timetable.name != "stagger":
+        raise UsageError("--stagger belongs to --schedule stagger")
+    if timetable.timesteps != network.timesteps:
+        console.note(
+            f"hint: clips were calibrated for T {network.timesteps}, not {timetable.timesteps}; "
+            "converting anew at this T may be more accurate",
+            quiet,
+        )
+    keys = {
+        "timesteps": timetable.timesteps,
+        "schedule": timetable.name,
+        "neuron": network.neuron,
+    }
+    report_path = output or report.default_path(path, keys)
+    own = "" if output else "snnconv.evaluation/1"
+    report.require_writable(report_path, force, own)
+    place = options.resolve_device(device)
+    images = open_data(where, split)
+    indices = choose_indices(len(images), limit, seed)
+    with console.progress(quiet) as progress:
+        evaluation = evaluate(
+            network,
+            images,
+            indices,
+            timetable,
+            engine=engine,
+            device=place,
+            seed=seed,
+            progress=progress,
+        )
+        evaluation["checkpoint"] = path.name
+        stored = network.model.get("ann")
+        if ann is not None:
+            evaluation |= _measure_ann(ann, network, images, indices, timetable, place, progress)
+        elif stored is not None and stored["split"] == split:
+            evaluation["ann"] = {**stored, "source": "stored"}
+    report.write(report_path, evaluation, console.arguments())
+    if as_json:
+        console.emit_json(evaluation)
+        return
+    _print(evaluation)
+    console.note(f"report: {report_path}", quiet)
+
+
+def _measure_ann(
+    source: str,
+    network: Any,
+    images: Any,
+    indices: Any,
+    timetable: Any,
+    device: str,
+    progress: console.Progress,
+) -> dict[str, Any]:
+    """Measure the ANN and its float QANN on the same images."""
+    from snnconv.convert import float_qann
+    from snnconv.load import load_model
+    from snnconv.measure import top1_percent
+
+    loaded = load_model(
+        source, arch=network.model["name"], model_args=network.model.get("args", {})
+    )
+    if loaded.weights_sha256 != network.model["weights_sha256"]:
+        raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
+    qann = float_qann(loaded.model, network).to(device)
+    (readout,) = network.readouts
+    offset = 0.5 if network.initial_membrane == "half" else 0.0
+
+    def quantised(pixels: Any) -> Any:
+        return qann(pixels, timetable.timesteps, offset=offset)[readout.name].flatten(1)
+
+    measured = {}
+    for key, stage, forward in (
+        ("ann", "ann", loaded.model.to(device)),
+        ("qann_float", "float QANN", quantised),
+    ):
+        top1 = top1_percent(
+            forward,
+            images,
+            network.preprocessing,
+            indices,
+            device=device,
+            stage=stage,
+            progress=progress,
+        )
+        measured[key] = {"top1_percent": top1, "source": "measured"}
+    return measured
+
+
+def _print(e: dict[str, Any]) -> None:
+    low, high = e["snn"]["interval95_percent"]
+    drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
+    some = f"{e['images']} {e['split']} images" + (" (a part of them)" if e["partial"] else "")
+    rows = []
+    if e["ann"] is not None:
+        of = f", stored, {e['ann']['images']} images" if e["ann"]["source"] == "stored" else ""
+        rows.append(("ANN top-1", f"{e['ann']['top1_percent']:.2f} %{of}"))
+    if e["qann_float"] is not None:
+        rows.append(("float QANN top-1", f"{e['qann_float']['top1_percent']:.2f} %"))
+    rows += [
+        ("quantised ANN top-1", f"{e['qann']['top1_percent']:.2f} %"),
+        ("SNN top-1", f"{e['snn']['top1_percent']:.2f} % ({low:.2f} to {high:.2f} at 95 %)"),
+        (
+            "agreement",
+            f"{agreement['argmax_percent']:.2f} % of arg-maxes, "
+            f"{agreement['counts_percent']:.4g} % of counts"
+            + (", exact" if agreement["counts_exact"] else ""),
+        ),
+        (
+            "latency",
+            f"{e['latency_steps']} steps ({e['latency_steps_clocked']} with one step per hop); "
+            f"drain {drain['max']} at most, {drain['mean']:.1f} on average",
+        ),
+        (
+            "spikes",
+            f"{spikes['per_neuron']:.3f} per neuron, {spikes['negative_percent']:.1f} % negative, "
+            f"{spikes['over_minimum']:.2f}x the minimum",
+        ),
+        ("time", f"{e['wall_ms_per_image']:.1f} ms per image, {e['engine']}, {e['device']}"),
+    ]
+    title = f"{e['model']}, T {e['timesteps']}, {e['schedule']}, {e['neuron']}: {some}"
+    console.print_table(title, ["", "measured"], rows)
+    steps = _thinned(e["by_step"])
+    accuracy = ["–" if s["top1_percent"] is None else f"{s['top1_percent']:.2f}" for s in steps]
+    console.print_table(None, ["step", *(str(s["step"]) for s in steps)], [("top-1 %", *accuracy)])
+
+
+def _thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Keep a dozen steps, the first and the last among them."""
+    if len(steps) <= SHOWN_STEPS:
+        return steps
+    last = len(steps) - 1
+    return [steps[round(i * last / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]

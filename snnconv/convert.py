@@ -1,0 +1,112 @@
+"""The main job: from a pretrained model to a verified spiking network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnconv.calibrate import calibrate_
+from snnconv.engine import endpoint, simulate
+from snnconv.errors import NotEqualError, UsageError
+from snnconv.fold import fold
+from snnconv.graph import Traced, trace
+from snnconv.network import SpikingNetwork
+from snnconv.normalize import integerize
+from snnconv.plan import ConversionPlan, make_plan
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import Qann
+from snnconv.verify import FloatAgreement, Verification, compare_float, verify
+
+Progress = Callable[[str, int, int], None]
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that came about on the way to the spiking network."""
+
+    traced: Traced
+    plan: ConversionPlan
+    qann: Qann
+    network: SpikingNetwork
+
+
+def convert(
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    images: Iterable[Tensor] | None = None,
+    /,
+    *,
+    timesteps: int = 7,
+    calibration: str = "mse",
+    weight_bits: int = 8,
+    progress: Progress = _silent,
+    **settings: Any,
+) -> Conversion:
+    """Trace, plan, fold, calibrate and integerise a model; `check_equal` verifies the result.
+
+    `images` are batches of uint8 pixels `[N, C, H, W]` to calibrate on; the calibration `bn`
+    needs none. `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...); the
+    plan is added to its provenance.
+    Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
+    """
+    progress("trace", 0, 1)
+    traced = trace(model, preprocessing.input_size)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    progress("trace", 1, 1)
+    batches = None if images is None else (preprocessing.normalize(p) for p in images)
+    calibrate_(qann, batches, timesteps, calibration)
+    settings["provenance"] = {**settings.get("provenance", {}), "plan": plan.to_dict()}
+    network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
+    return Conversion(traced, plan, qann, network)
+
+
+def check_equal(
+    conversion: Conversion, pixels: Tensor, timesteps: int | None = None
+) -> tuple[Verification, FloatAgreement]:
+    """Verify a conversion on images uint8 `[N, C, H, W]`, and compare it with the float QANN.
+
+    The end point is held against the traced graph, and a simulation that must be exact (`drain`,
+    for unsigned neurons `wait`) against the end point. Raises NotEqualError with the name of the
+    first layer that differs.
+    """
+    network = conversion.network
+    timesteps = timesteps or network.timesteps
+    end = endpoint(network, pixels, timesteps, maps=True)
+    found = verify(
+        conversion.traced, conversion.plan, network, pixels, timesteps, end.counts, end.charges
+    )
+    found.require_equal()
+    name = "drain" if network.neuron == "signed" else "wait"
+    course = simulate(network, pixels, network.timetable(timesteps, name=name, drain=None))
+    for population in network.populations:
+        if not torch.equal(course.counts[population.name], end.counts[population.name]):
+            raise NotEqualError(
+                f"the simulation does not settle at the quantised ANN; first: {population.path}"
+            )
+    agreement = compare_float(conversion.qann, network, pixels, timesteps, end.counts, end.charges)
+    return found, agreement
+
+
+def float_qann(model: nn.Module, network: SpikingNetwork) -> Qann:
+    """Return the float QANN of a model, with the clips of the spiking network made from it.
+
+    Raises UsageError if the network was made from another architecture.
+    """
+    traced = trace(model, network.preprocessing.input_size)
+    qann = fold(traced, make_plan(traced))
+    clips = {p.name: p.clip for p in network.populations}
+    layers = {layer.name: layer for layer in qann.populations()}
+    if {n: len(c) for n, c in clips.items()} != {n: len(v.clip) for n, v in layers.items()}:
+        raise UsageError("the ANN has other layers than the network the checkpoint was made from")
+    for name, layer in layers.items():
+        layer.clip.copy_(clips[name])
+    return qann

@@ -1,0 +1,227 @@
+"""Measure a spiking network on a data set: accuracy at every step, agreement, spikes, latency."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snnconv import __version__
+from snnconv.data import ImageData, check_labels
+from snnconv.engine import DEFAULT, Endpoint, Trace, endpoint, simulate
+from snnconv.errors import UsageError
+from snnconv.network import SpikingNetwork
+from snnconv.preprocess import Preprocessing
+from snnconv.schedule import Schedule
+
+Progress = Callable[[str, int, int], None]
+BATCH = 256
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Show no progress."""
+
+
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of a share, in percent (Wilson 1927)."""
+    z = 1.959963984540054
+    share = hits / total
+    center = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 100 / (1 + z * z / total)
+    return max(0.0, scale * (center - spread)), min(100.0, scale * (center + spread))
+
+
+def top1_percent(
+    forward: Callable[[Tensor], Tensor],
+    data: ImageData,
+    preprocessing: Preprocessing,
+    indices: np.ndarray,
+    *,
+    device: str = "cpu",
+    stage: str = "ann",
+    progress: Progress = _silent,
+) -> float:
+    """Return the top-1 accuracy of `forward`, from normalised images to logits `[N, classes]`."""
+    hits = done = 0
+    with torch.no_grad():
+        for pixels, labels in data.batches(preprocessing, indices, BATCH):
+            logits = forward(preprocessing.normalize(pixels.to(device)))
+            hits += int((logits.argmax(1).cpu() == labels).sum())
+            done += len(labels)
+            progress(stage, done, len(indices))
+    return 100 * hits / len(indices)
+
+
+@dataclass
+class _Tally:
+    """Sums over batches; everything in it is an integer or a list of them."""
+
+    network: SpikingNetwork
+    images: int = 0
+    hits: int = 0
+    end_hits: int = 0
+    same_argmax: int = 0
+    by_step: list[list[int | None]] = field(default_factory=list)
+    drains: list[Tensor] = field(default_factory=list)
+    equal: dict[str, int] = field(default_factory=dict)
+    spikes: dict[str, Tensor] = field(default_factory=dict)
+    minimum: dict[str, int] = field(default_factory=dict)
+
+    def add(self, course: Trace, end: Endpoint, labels: Tensor, readout: str) -> None:
+        logits = course.logits(self.network, readout)
+        chosen = logits.flatten(2).argmax(2).cpu()
+        defined = ~logits.isnan().flatten(1).any(1).cpu()
+        hits = (chosen == labels).sum(1)
+        self.by_step.append(
+            [int(h) if known else None for h, known in zip(hits, defined, strict=True)]
+        )
+        final = chosen[-1]
+        settled = end.logits(self.network, readout).flatten(1).argmax(1).cpu()
+        self.images += len(labels)
+        self.hits += int(hits[-1])
+        self.end_hits += int((settled == labels).sum())
+        self.same_argmax += int((final == settled).sum())
+        self.drains.append(course.drain_steps.cpu())
+        for p in self.network.populations:
+            counts, target = course.counts[p.name], end.counts[p.name]
+            self.equal[p.name] = self.equal.get(p.name, 0) + int((counts == target).sum())
+            self.spikes[p.name] = self.spikes.get(p.name, 0) + course.spikes[p.name].sum(0).cpu()
+            least = int(target.abs().sum(dtype=torch.int64))
+            self.minimum[p.name] = self.minimum.get(p.name, 0) + least
+
+    def steps(self) -> list[dict[str, Any]]:
+        """Return the accuracy after each step; images that have ended stay as they are."""
+        longest = max(len(b) for b in self.by_step)
+        rows = []
+        for t in range(longest):
+            hits = [b[min(t, len(b) - 1)] for b in self.by_step]
+            known = [h for h in hits if h is not None]
+            complete = len(known) == len(hits)
+            accuracy = 100 * sum(known) / self.images if complete else None
+            rows.append({"step": t + 1, "top1_percent": accuracy})
+        return rows
+
+
+def evaluate(
+    network: SpikingNetwork,
+    data: ImageData,
+    indices: np.ndarray,
+    schedule: Schedule,
+    *,
+    engine: str = DEFAULT,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> dict[str, Any]:
+    """Simulate the images at `indices`, and return an evaluation as plain JSON values.
+
+    The quantised ANN (`qann`) is the network's own end point, computed beside the simulation. The
+    keys `ann`, `qann_float` and `checkpoint` are left None for the caller, who knows them. Raises
+    UsageError if the network is no classifier, DataError if the data do not fit it.
+    """
+    readout = _classifier(network)
+    check_labels(data, torch.Size(readout.shape).numel())
+    tally = _Tally(network)
+    seconds = 0.0
+    for pixels, labels in data.batches(network.preprocessing, indices, BATCH):
+        pixels = pixels.to(device)
+        start = time.perf_counter()
+        course = simulate(network, pixels, schedule, engine)
+        seconds += time.perf_counter() - start
+        tally.add(course, endpoint(network, pixels, schedule.timesteps), labels, readout.name)
+        progress("simulate", tally.images, len(indices))
+    drains = torch.cat(tally.drains).numpy()
+    worst = int(drains.max())
+    latency = (
+        schedule.longest if schedule.drain is not None else schedule.steps_before_drain + worst
+    )
+    per_neuron = network.neurons * tally.images
+    positive, negative = (sum(int(s[k]) for s in tally.spikes.values()) for k in (0, 1))
+    equal = sum(tally.equal.values())
+    return {
+        "schema": "snnconv.evaluation/1",
+        "version": __version__,
+        "model": network.model.get("name"),
+        "checkpoint": None,
+        "task": "classification",
+        "metric": "top1_percent",
+        "split": data.split,
+        "images": tally.images,
+        "partial": tally.images < len(data),
+        "data": data.name,
+        "data_sha256": data.sha256,
+        "timesteps": schedule.timesteps,
+        "trained_timesteps": network.timesteps,
+        "schedule": schedule.name,
+        "drain": schedule.drain,
+        "stagger": schedule.stagger if schedule.name == "stagger" else None,
+        "neuron": network.neuron,
+        "initial_membrane": network.initial_membrane,
+        "weight_bits": network.weight_bits,
+        "latency_steps": latency,
+        "latency_steps_clocked": latency + network.depth,
+        "drain_steps": {
+            "max": worst,
+            "mean": float(drains.mean()),
+            "p99": int(np.percentile(drains, 99, method="higher")),
+        },
+        "ann": None,
+        "qann": {"top1_percent": 100 * tally.end_hits / tally.images},
+        "qann_float": None,
+        "snn": {
+            "top1_percent": 100 * tally.hits / tally.images,
+            "interval95_percent": list(wilson_interval(tally.hits, tally.images)),
+        },
+        "agreement": {
+            "argmax_percent": 100 * tally.same_argmax / tally.images,
+            "counts_percent": 100 * equal / max(per_neuron, 1),
+            "counts_exact": equal == per_neuron,
+        },
+        "by_step": tally.steps(),
+        "spikes": {
+            "per_neuron": (positive + negative) / max(per_neuron, 1),
+            "per_image": (positive + negative) / tally.images,
+            "negative_percent": 100 * negative / max(positive + negative, 1),
+            "over_minimum": (positive + negative) / max(sum(tally.minimum.values()), 1),
+        },
+        "layers": _layers(network, tally),
+        "wall_ms_per_image": 1000 * seconds / tally.images,
+        "engine": engine,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def _classifier(network: SpikingNetwork) -> Any:
+    """Return the one readout of a classifier, with a flat vector of logits."""
+    readouts = network.readouts
+    if len(readouts) != 1 or torch.Size(readouts[0].shape).numel() != max(readouts[0].shape):
+        shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in readouts)
+        raise UsageError(f"the network is no classifier: its outputs are {shapes}")
+    return readouts[0]
+
+
+def _layers(network: SpikingNetwork, tally: _Tally) -> list[dict[str, Any]]:
+    """Return agreement and spikes of every population."""
+    rows = []
+    for p in network.populations:
+        neurons = torch.Size(p.shape).numel()
+        positive, negative = tally.spikes[p.name].tolist()
+        rows.append(
+            {
+                "layer": p.path,
+                "neurons": neurons,
+                "counts_percent": 100 * tally.equal[p.name] / (neurons * tally.images),
+                "spikes_per_neuron": (positive + negative) / (neurons * tally.images),
+                "negative_percent": 100 * negative / max(positive + negative, 1),
+            }
+        )
+    return rows
