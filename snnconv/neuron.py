@@ -35,13 +35,3 @@ def step(
         down = (membrane < 0) & (counts > low)
         spikes = spikes - down.to(membrane.dtype)
     return spikes, membrane - threshold * spikes, counts + spikes
-
-
-def settled_counts(
-    charge: Tensor, threshold: Tensor, timesteps: int, low: int, start: Tensor
-) -> Tensor:
-    """Return where S ends: `clip(floor((charge + V0)/theta), low, T)` (settling theorem).
-
-    `charge` is the sum of all current and bias a neuron receives.
-    """
-    return ((charge + start) // threshold).clamp(low, timesteps)

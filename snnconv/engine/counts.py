@@ -22,7 +22,7 @@ from torch import Tensor
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
 from snnconv.engine.trace import Endpoint, Trace
 from snnconv.network import Image, Population, Readout, SpikingNetwork, count_dtype
-from snnconv.neuron import initial_membrane, settled_counts
+from snnconv.neuron import initial_membrane
 from snnconv.ops import per_channel
 from snnconv.plan import Relay
 from snnconv.quant import last_uses, relay
@@ -71,22 +71,13 @@ def endpoint(
                 )
                 assert isinstance(total, Tensor)
                 total = total + charge.bias_charge(torch.tensor([timesteps]), total.ndim)
-                whole = total[0].long()
                 if isinstance(node, Readout):
-                    charges[node.name] = whole.view(len(pixels), *node.shape)
+                    charges[node.name] = total[0].long().view(len(pixels), *node.shape)
                 else:
                     low = prepared.limits[node.name][0]
-                    threshold = node.threshold.to(pixels.device, torch.int64)
-                    start = initial_membrane(threshold, network.initial_membrane)
-                    settled = settled_counts(
-                        whole,
-                        per_channel(threshold, whole.ndim),
-                        timesteps,
-                        low,
-                        per_channel(start, whole.ndim),
-                    )
-                    counts[node.name] = settled.to(count_dtype(low, timesteps))
-                    values[node.name] = settled[None].float()
+                    settled = _settled(node, total, network.initial_membrane, low, timesteps)
+                    counts[node.name] = settled[0].to(count_dtype(low, timesteps))
+                    values[node.name] = settled
             for name in last_use.get(position, ()):
                 del values[name]
     return Endpoint(timesteps, counts, charges)
@@ -116,6 +107,17 @@ def _centered(node: Image, pixels: Tensor) -> Tensor:
     """Return pixels minus their zero point, float `[1, N, C, H, W]`."""
     zero = torch.tensor(node.zero_point, device=pixels.device).view(-1, 1, 1)
     return (pixels - zero.to(torch.int16)).float()[None]
+
+
+def _settled(node: Population, charge: Tensor, initial: str, low: int, high: int) -> Tensor:
+    """Return clip(floor((charge + V0)/theta), low, high) as float32, writing over `charge`.
+
+    A correctly rounded quotient of integers has the right floor as long as they are exact in the
+    type: v/theta is at least 1/theta below the next integer k, and k theta is about v.
+    """
+    threshold = per_channel(node.threshold.to(charge.device), charge.ndim - 1)
+    charge += initial_membrane(threshold, initial)
+    return charge.div_(threshold.to(charge.dtype)).floor_().clamp_(low, high).float()
 
 
 def _relay(node: Relay, values: dict[str, Tensor], limits: dict[str, tuple[int, int]]) -> Tensor:
@@ -258,10 +260,8 @@ class _Simulation:
         if not any(active):
             return state[None].clone()
         target = self._charge(node, values, steps)
-        threshold = per_channel(node.threshold.to(target), state.ndim)
-        low = self.prepared.limits[node.name][0]
-        target += initial_membrane(threshold.long(), self.network.initial_membrane).to(target)
-        target = target.div_(threshold).floor_().clamp_(low, self.schedule.timesteps).float()
+        low, high = self.prepared.limits[node.name]
+        target = _settled(node, target, self.network.initial_membrane, low, high)
         down = -1 if self.network.signed(node) else 0
         counts = torch.empty(len(steps), *state.shape, device=self.device)
         here = torch.zeros_like(fired)
