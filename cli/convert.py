@@ -23,6 +23,9 @@ SAMPLE_IMAGES = 16
 BATCH = 100
 
 
+source_argument = click.argument("source", metavar="CHECKPOINT|NAME|zoo:NAME")
+
+
 def model_options(function: options.F) -> options.F:
     """Add --arch and -m/--model-arg, which say how to build a checkpoint's network."""
     function = click.option(
@@ -76,7 +79,7 @@ def default_name(source: str) -> str:
     example="snnconv convert resnet18.pt --data DIR\n"
     "snnconv convert zoo:digits --data zoo:digits --timesteps 15",
 )
-@click.argument("source", metavar="CHECKPOINT|NAME|zoo:NAME")
+@source_argument
 @model_options
 @options.data_option
 @click.option(

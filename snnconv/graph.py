@@ -59,26 +59,55 @@ class _Tracer(fx.Tracer):
         return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
 
 
-def expand_leaves(model: nn.Module) -> nn.Module:
+def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
     """Return a copy of the model in which no leaf hides an activation.
 
-    timm's `BatchNormAct2d` becomes `Sequential(norm, drop, act)` over the same parameters.
+    timm's `BatchNormAct2d` becomes `Sequential(norm, drop, act)` over the same parameters, and
+    VGG's `ConvMlp` the layers it runs on a batch like `example`.
     """
     from timm.layers import BatchNormAct2d
+    from timm.models.vgg import ConvMlp
 
     model = copy.deepcopy(model)
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda m, x: sizes.update({m: x[0].shape[-2:]}))
+        for module in model.modules()
+        if isinstance(module, ConvMlp)
+    ]
+    if hooks:
+        with torch.no_grad():
+            model(example)
+    for hook in hooks:
+        hook.remove()
     for path, module in list(model.named_modules()):
-        if type(module) is not BatchNormAct2d:
+        if type(module) is BatchNormAct2d:
+            parts = _batch_norm_parts(module)
+        elif type(module) is ConvMlp and module in sizes:
+            parts = _conv_mlp_parts(module, sizes[module])
+        else:
             continue
-        norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
-        norm.weight, norm.bias = module.weight, module.bias
-        norm.running_mean, norm.running_var = module.running_mean, module.running_var
-        parts = OrderedDict(norm=norm, drop=module.drop, act=module.act)
         replacement = nn.Sequential(parts).train(module.training)
         if not path:
             return replacement
         model.set_submodule(path, replacement)
     return model
+
+
+def _batch_norm_parts(module: Any) -> OrderedDict[str, nn.Module]:
+    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
+    norm.weight, norm.bias = module.weight, module.bias
+    norm.running_mean, norm.running_var = module.running_mean, module.running_var
+    return OrderedDict(norm=norm, drop=module.drop, act=module.act)
+
+
+def _conv_mlp_parts(module: Any, size: tuple[int, int]) -> OrderedDict[str, nn.Module]:
+    names = ("fc1", "act1", "drop", "fc2", "act2")
+    parts = OrderedDict((name, getattr(module, name)) for name in names)
+    grown = tuple(max(module.input_kernel_size, n) for n in size)
+    if grown != tuple(size):
+        parts = OrderedDict(pool=nn.AdaptiveAvgPool2d(grown), **parts)
+    return parts
 
 
 class _Shapes(fx.Interpreter):
@@ -137,7 +166,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
             f"the network does not run on an input of {size}: {_first_line(error)}"
         ) from error
     try:
-        expanded = expand_leaves(model).float()
+        expanded = expand_leaves(model, example).float()
         graph = _Tracer().trace(expanded)
         traced = fx.GraphModule(expanded, graph)
     except Exception as error:

@@ -1,0 +1,76 @@
+"""`snnconv check`: say whether a network can become spiking, and why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from . import console, options
+from .convert import model_options, parse_model_args, source_argument
+
+NOT_CONVERTIBLE = 3
+
+
+@options.command(
+    "check", example="snnconv check resnet18\nsnnconv check checkpoint.pth --arch resnet50 --json"
+)
+@source_argument
+@model_options
+@options.json_option
+@options.verbosity_options
+def command(
+    source: str,
+    arch: str | None,
+    model_args: tuple[str, ...],
+    as_json: bool,
+    verbose: bool,
+    quiet: bool,
+) -> int:
+    """Plan the conversion of a network, without converting anything.
+
+    Every node of the network is a synapse, a neuron, exact on counts, folded, removed or
+    unsupported; -v lists them all. A timm name is built with random weights, nothing is fetched.
+    Exit code 3 if the network cannot be converted.
+    """
+    from snnconv import __version__
+    from snnconv.graph import trace
+    from snnconv.load import load_model
+    from snnconv.plan import make_plan
+
+    loaded = load_model(
+        source, arch=arch, model_args=parse_model_args(model_args), pretrained=False
+    )
+    plan = make_plan(trace(loaded.model, loaded.preprocessing.input_size))
+    contents = {
+        "schema": "snnconv.check/1",
+        "version": __version__,
+        "source": source,
+        "model": {"name": loaded.name, "args": loaded.model_args},
+        **plan.to_dict(),
+    }
+    if as_json:
+        console.emit_json(contents)
+    else:
+        _print(contents, verbose)
+    return 0 if plan.convertible else NOT_CONVERTIBLE
+
+
+def _print(contents: dict[str, Any], verbose: bool) -> None:
+    share, nodes = contents["mac_share_percent"], contents["nodes"]
+    if verbose:
+        rows = [(n["path"], n["operation"], n["role"], n["reason"]) for n in nodes]
+        console.print_table(None, ["node", "operation", "becomes", "reason"], rows)
+    roles = Counter(n["role"] for n in nodes)
+    summary = [
+        ("verdict", contents["verdict"]),
+        ("nodes", ", ".join(f"{count} {role}" for role, count in roles.most_common())),
+        ("spiking", f"{share['spiking']:g} % of multiply-accumulates"),
+    ]
+    console.print_table(None, ["", contents["model"]["name"]], summary)
+    if contents["problems"]:
+        rows = [
+            (n["path"], n["operation"], n["reason"], n["remedy"])
+            for n in nodes
+            if n["role"] == "unsupported"
+        ]
+        console.print_table(None, ["in the way", "operation", "reason", "what to do"], rows)
