@@ -1,0 +1,165 @@
+"""Engines agree bit for bit, and exact schedules end at the end point."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from networks import NETWORKS, converted, images
+
+from snnconv.engine import Trace, counts, endpoint, simulate
+from snnconv.engine.linear import exact_dtype
+from snnconv.errors import UsageError
+from snnconv.network import SpikingNetwork
+from snnconv.normalize import with_settings
+
+SCHEDULES = [
+    {"name": "paper"},
+    {"name": "drain"},
+    {"name": "drain", "drain": 2},
+    {"name": "stagger"},
+    {"name": "stagger", "stagger": 2},
+    {"name": "wait"},
+]
+NAMES = sorted(NETWORKS)
+
+
+@cache
+def network(name: str, seed: int = 0, timesteps: int = 5) -> SpikingNetwork:
+    return converted(name, seed, timesteps).network
+
+
+def differences(a: Trace, b: Trace) -> list[str]:
+    """Name everything in which two traces differ."""
+    found = []
+    if a.steps != b.steps or a.bias_steps != b.bias_steps:
+        found.append("steps")
+    for what in ("charges", "counts", "spikes"):
+        left, right = getattr(a, what), getattr(b, what)
+        assert left.keys() == right.keys()
+        for name in left:
+            if not torch.equal(left[name].long(), right[name].long()):
+                found.append(f"{what} of {name}")
+    if not torch.equal(a.last_spike, b.last_spike):
+        found.append("last spike")
+    return found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: "-".join(map(str, s.values())))
+@pytest.mark.parametrize("name", NAMES)
+def test_engines_agree_bit_for_bit(name: str, schedule: dict) -> None:
+    for seed, timesteps, neuron, start in (
+        (0, 5, "signed", "half"),
+        (1, 5, "unsigned", "half"),
+        (1, 3, "signed", "zero"),
+    ):
+        net = with_settings(network(name, seed), neuron=neuron, initial_membrane=start)
+        timetable = net.timetable(timesteps, **schedule)
+        pixels = images(5, seed)
+        fast = simulate(net, pixels, timetable, "counts")
+        slow = simulate(net, pixels, timetable, "reference")
+        assert not differences(fast, slow)
+
+
+@pytest.mark.parametrize("timesteps", [1, 4, 11, 40])
+@pytest.mark.parametrize("name", NAMES)
+def test_exact_schedules_end_at_the_end_point(name: str, timesteps: int) -> None:
+    net = network(name, 1)
+    pixels = images(4, 3)
+    end = endpoint(net, pixels, timesteps)
+    for schedule in ({"name": "drain"}, {"name": "stagger"}, {"name": "wait"}):
+        course = simulate(net, pixels, net.timetable(timesteps, **schedule))
+        for population in net.populations:
+            assert torch.equal(course.counts[population.name], end.counts[population.name])
+        for readout in net.readouts:
+            assert torch.equal(course.charges[readout.name][-1], end.charges[readout.name])
+            final = course.logits(net, readout.name)[-1]
+            assert torch.equal(final, end.logits(net, readout.name))
+
+
+@pytest.mark.parametrize("name", ["residual", "concat"])
+def test_wait_is_exact_and_positive_for_unsigned_neurons(name: str) -> None:
+    net = with_settings(network(name), neuron="unsigned")
+    pixels = images(4)
+    course = simulate(net, pixels, net.timetable(name="wait"))
+    end = endpoint(net, pixels, net.timesteps)
+    for population in net.populations:
+        counts_ = course.counts[population.name]
+        assert torch.equal(counts_, end.counts[population.name])
+        positive, negative = course.spikes[population.name].sum(0).tolist()
+        assert negative == 0
+        assert positive == int(counts_.long().sum())
+
+
+def test_the_paper_schedule_is_not_exact() -> None:
+    net = network("residual", 0)
+    pixels = images(16)
+    course = simulate(net, pixels, net.timetable(name="paper"))
+    end = endpoint(net, pixels, net.timesteps)
+    assert any(not torch.equal(course.counts[k], end.counts[k]) for k in end.counts)
+
+
+def test_paper_at_t_equals_a_run_with_fewer_steps() -> None:
+    net = network("residual", 0)
+    long = simulate(net, images(4), net.timetable(6, name="paper"))
+    short = simulate(net, images(4), net.timetable(4, name="paper"))
+    # The cap of a count is T, which no neuron reaches before step T.
+    assert torch.equal(long.charges["logits"][3], short.charges["logits"][3])
+
+
+@pytest.mark.parametrize("engine", ["counts", "reference"])
+def test_an_image_does_not_depend_on_its_batch(engine: str) -> None:
+    net = network("residual", 1)
+    pixels = images(6)
+    together = simulate(net, pixels, net.timetable(), engine)
+    for i in range(6):
+        alone = simulate(net, pixels[i : i + 1], net.timetable(), engine)
+        assert int(together.last_spike[i]) == int(alone.last_spike[0])
+        charges = together.charges["logits"][:, i]
+        assert torch.equal(charges[: alone.steps], alone.charges["logits"][:, 0])
+        assert torch.equal(charges[-1], alone.charges["logits"][-1, 0])
+
+
+def test_the_size_of_chunks_and_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = network("pools", 1)
+    whole = simulate(net, images(5), net.timetable(9))
+    monkeypatch.setattr(counts, "BLOCK_STEPS", 2)
+    monkeypatch.setattr(counts, "BLOCK_NUMBERS", 1)
+    assert not differences(whole, simulate(net, images(5), net.timetable(9)))
+
+
+def test_a_planted_mistake_is_noticed() -> None:
+    net = network("residual", 0)
+    nodes = list(net.nodes)
+    where = next(i for i, n in enumerate(nodes) if n is net.populations[1])
+    nodes[where] = replace(nodes[where], threshold=nodes[where].threshold + 300)
+    other = replace(net, nodes=tuple(nodes))
+    timetable = net.timetable()
+    a, b = simulate(net, images(4), timetable), simulate(other, images(4), timetable)
+    assert differences(a, b)
+
+
+def test_large_integers_take_a_wider_type() -> None:
+    assert exact_dtype(2**24 - 1) == torch.float32
+    assert exact_dtype(2**24) == torch.float64
+    with pytest.raises(OverflowError):
+        exact_dtype(2**53)
+
+
+def test_engines_agree_beyond_float32() -> None:
+    net = network("residual", 0)
+    assert net.count_limits(4000)["relu"][1] == 4000
+    pixels = images(1)
+    timetable = net.timetable(600, name="paper")
+    fast, slow = (simulate(net, pixels, timetable, e) for e in ("counts", "reference"))
+    assert not differences(fast, slow)
+
+
+def test_wrong_requests_are_refused() -> None:
+    net = network("residual", 0)
+    with pytest.raises(UsageError, match="unknown engine"):
+        simulate(net, images(1), net.timetable(), "fast")
+    with pytest.raises(UsageError, match="3x12x12, not 3x12x10"):
+        simulate(net, images(1)[..., :10], net.timetable())
