@@ -413,6 +413,8 @@ class _Planner:
                 op.kind == "max_pool" for _, op in value.pending
             ):
                 value = self.materialize(value, "max-pool at the output")
+            while any(n.name == name for n in self.nodes):
+                name += "_"
             if isinstance(value, _Counts):
                 terms: tuple[Term, ...] = (Term(value.node, (f"{name}:0",)),)
             else:

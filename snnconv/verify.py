@@ -208,11 +208,10 @@ class _Oracle:
         site = self.fx[planned.site]
         direct: Key = (f"{planned.name}:0",)
         if direct in synapses:
-            source = self.inputs(site)[0] if site.name == planned.name else site
+            on_counts = isinstance(planned, Neurons) and site.name == planned.name
+            source = self.inputs(site)[0] if on_counts else site
             total = self.scaled(synapses.pop(direct), self.counts(source))
         else:
-            if site.name == planned.name:
-                site = self.inputs(site)[0]
             total = self.pull(site, (), synapses)
         if synapses:
             extra = ", ".join(s.source for s in synapses.values())
@@ -428,10 +427,7 @@ def _bias(oracle: _Oracle, planned: Neurons | Output, keys: set[Key]) -> Tensor:
     rows = len(oracle.nodes[planned.name].bias)  # type: ignore[union-attr]
     if (f"{planned.name}:0",) in keys:
         return torch.zeros(rows, dtype=torch.float64)
-    site = oracle.fx[planned.site]
-    if site.name == planned.name:
-        site = oracle.inputs(site)[0]
-    return _silent(oracle, site, (), keys, rows)
+    return _silent(oracle, oracle.fx[planned.site], (), keys, rows)
 
 
 def _silent(oracle: _Oracle, node: fx.Node, trail: Key, keys: set[Key], rows: int) -> Tensor:
