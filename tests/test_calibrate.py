@@ -1,0 +1,134 @@
+"""Clips from data and from BatchNorm's statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from networks import PREPROCESSING, build, images
+from torch import Tensor
+
+from snnconv.calibrate import Histogram, calibrate_
+from snnconv.errors import DataError, UsageError
+from snnconv.fold import fold
+from snnconv.graph import trace
+from snnconv.plan import make_plan
+from snnconv.quant import Qann, quantize
+
+
+def qann(name: str = "residual") -> Qann:
+    traced = trace(build(name), PREPROCESSING.input_size)
+    return fold(traced, make_plan(traced))
+
+
+def activations(network: Qann, x: Tensor) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad():
+        network(x, observe=lambda layer, current: seen.update({layer.name: current.clone()}))
+    return seen
+
+
+X = PREPROCESSING.normalize(images(12, 2))
+
+
+def test_max_is_the_largest_activation() -> None:
+    network = qann()
+    calibrate_(network, X.split(5), 7, "max")
+    for layer in network.populations():
+        largest = activations(network, X)[layer.name].max()
+        assert torch.allclose(layer.clip, largest.expand_as(layer.clip))
+
+
+def test_percentile_leaves_that_share_below() -> None:
+    network = qann()
+    calibrate_(network, X.split(5), 7, "percentile", percentile=95)
+    for layer in network.populations():
+        values = activations(network, X)[layer.name].clamp(min=0)
+        assert abs(float((values <= layer.clip[0]).float().mean()) - 0.95) < 0.01
+
+
+def test_mse_is_no_worse_than_any_other_clip() -> None:
+    network = qann()
+    calibrate_(network, X.split(5), 4, "mse")
+    for layer in network.populations():
+        values = activations(network, X)[layer.name].clamp(min=0)
+
+        def error(clip: float, values: Tensor = values) -> float:
+            return float((quantize(values, torch.tensor(clip), 4) - values).square().mean())
+
+        largest = float(values.max())
+        best = min(error(largest * i / 50) for i in range(1, 51))
+        assert error(float(layer.clip[0])) <= 1.02 * best
+
+
+def test_clips_do_not_depend_on_the_batches() -> None:
+    whole, parts = qann(), qann()
+    calibrate_(whole, [X], 7)
+    calibrate_(parts, X.split(1), 7)
+    for a, b in zip(whole.populations(), parts.populations(), strict=True):
+        assert abs(float(a.clip[0] / b.clip[0]) - 1) < 0.02
+
+
+def test_batches_are_read_once_and_one_at_a_time() -> None:
+    alive = 0
+
+    def batches() -> Iterator[Tensor]:
+        nonlocal alive
+        for part in X.split(3):
+            alive += 1
+            yield part
+
+    calibrate_(qann(), batches(), 7)
+    assert alive == 4
+
+
+def test_without_data_clips_come_from_batch_norm() -> None:
+    network = qann()
+    calibrate_(network, None, 7, "bn")
+    seen = activations(network, X)
+    for layer in network.populations():
+        clip = float(layer.clip[0])
+        assert math.isfinite(clip) and clip > 0
+        assert clip < 20 * float(seen[layer.name].abs().max()) + 5
+
+
+def test_a_natural_clip_is_never_exceeded() -> None:
+    for method in ("max", "mse", "percentile", "bn"):
+        network = qann("depthwise")
+        calibrate_(network, [10 * X], 7, method)
+        for layer in network.populations():
+            assert layer.cap is None or float(layer.clip.max()) <= layer.cap
+
+
+def test_a_silent_layer_gets_a_clip() -> None:
+    network = qann()
+    first = next(network.populations())
+    with torch.no_grad():
+        for weight in first.weights:
+            weight.zero_()
+        first.bias.fill_(-1)
+    calibrate_(network, [X], 7)
+    assert torch.equal(first.clip, torch.ones_like(first.clip))
+
+
+def test_the_histogram_grows_without_losing_values() -> None:
+    histogram = Histogram()
+    values = torch.cat([torch.rand(1000), 7 * torch.rand(1000), torch.zeros(500)])
+    for part in values.split(300):
+        histogram.add(part)
+    assert histogram.total == 2500
+    assert int(histogram.counts.sum()) == int((values > 0).sum())
+    assert abs(histogram.percentile(50) - float(values.quantile(0.5))) < 0.02
+
+
+def test_wrong_requests_are_refused() -> None:
+    with pytest.raises(UsageError, match="unknown calibration"):
+        calibrate_(qann(), [X], 7, "guess")
+    with pytest.raises(UsageError, match="needs images"):
+        calibrate_(qann(), None, 7, "mse")
+    with pytest.raises(DataError, match="no images"):
+        calibrate_(qann(), [], 7, "mse")
+    with pytest.raises(DataError, match="infinite or undefined"):
+        calibrate_(qann(), [X * float("nan")], 7, "mse")

@@ -1,0 +1,245 @@
+"""`snnconv convert`, `eval`, `inspect` and `check` from end to end, on the embedded digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from snnconv.cli.main import run
+
+DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "--quiet"]
+EVALUATION_KEYS = {
+    "schema", "version", "model", "checkpoint", "task", "metric", "split", "images", "partial",
+    "data_sha256", "timesteps", "trained_timesteps", "schedule", "neuron", "initial_membrane",
+    "weight_bits", "latency_steps", "drain_steps", "ann", "qann", "qann_float", "snn",
+    "agreement", "by_step", "spikes", "wall_ms_per_image", "engine", "device", "threads", "seed",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SNNCONV_DATA", raising=False)
+    return tmp_path
+
+
+def output(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def convert(*options: str) -> int:
+    return run([*DIGITS, "--limit", "40", *options])
+
+
+def test_convert_then_eval_then_inspect(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("--json") == 0
+    found = output(capsys)
+    assert found["schema"] == "snnconv.conversion/1"
+    assert found["verdict"] == "convertible"
+    assert found["mac_share_percent"] == {"spiking": 100.0, "analog": 0.0}
+    assert found["nodes"] and found["problems"] == []
+    assert found["verification"]["equal"]
+    assert found["calibration"]["on"]["images"] == 1000
+    assert Path("digits.snn.safetensors").is_file()
+    assert json.loads(Path("digits.convert.json").read_text())["model"] == found["model"]
+
+    assert run(["eval", "--data", "zoo:digits", "--json", "--limit", "60", "-q"]) == 0
+    evaluation = output(capsys)
+    assert set(evaluation) >= EVALUATION_KEYS
+    assert evaluation["schema"] == "snnconv.evaluation/1"
+    assert evaluation["checkpoint"] == "digits.snn.safetensors"
+    assert evaluation["agreement"]["counts_exact"]
+    assert evaluation["snn"]["top1_percent"] == evaluation["qann"]["top1_percent"] > 90
+    assert evaluation["ann"]["source"] == "stored"
+    assert evaluation["ann"]["images"] == 40
+    assert evaluation["partial"] and evaluation["images"] == 60
+    report = json.loads(Path("digits.T7-drain-signed.eval.json").read_text())
+    assert {k: report[k] for k in evaluation} == evaluation
+    assert report["command"].startswith("snnconv eval --data zoo:digits")
+
+    assert run(["inspect", "--json"]) == 0
+    inspection = output(capsys)
+    assert [layer["neurons"] for layer in inspection["layers"]][-1] == 0
+    assert sum(layer["neurons"] for layer in inspection["layers"]) == inspection["neurons"]
+    assert run(["inspect"]) == 0
+    assert "layer1.0:relu_2" in capsys.readouterr().out
+
+
+def test_eval_with_other_settings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert() == 0
+    capsys.readouterr()
+    base = ["eval", "--data", "zoo:digits", "--limit", "30", "--json"]
+    more = ["--ann", "zoo:digits", "-T", "5", "--schedule", "wait", "--neuron", "unsigned"]
+    assert run([*base, *more]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "calibrated for T 7, not 5" in err
+    assert (found["timesteps"], found["trained_timesteps"]) == (5, 7)
+    assert found["spikes"]["negative_percent"] == 0
+    assert found["agreement"]["counts_exact"]
+    assert found["ann"]["source"] == found["qann_float"]["source"] == "measured"
+    assert run([*base, "--schedule", "drain", "--drain", "2", "-q"]) == 0
+    assert output(capsys)["latency_steps"] == 9
+    assert run([*base, "--schedule", "stagger", "--stagger", "2", "-q"]) == 0
+    assert output(capsys)["stagger"] == 2
+    assert run([*base, "--engine", "reference", "--schedule", "paper", "-q"]) == 0
+    slow = output(capsys)
+    assert run([*base, "--engine", "counts", "--schedule", "paper", "-q"]) == 0
+    fast = output(capsys)
+    for timing in ("wall_ms_per_image", "engine"):
+        slow.pop(timing), fast.pop(timing)
+    assert slow == fast
+
+
+def test_same_input_same_bytes_and_no_overwriting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("-o", "a.snn.safetensors") == 0
+    assert convert("-o", "b.snn.safetensors") == 0
+    first = Path("a.snn.safetensors").read_bytes()
+    assert first == Path("b.snn.safetensors").read_bytes()
+    assert convert("-o", "a.snn.safetensors", "-T", "3") == 2
+    assert "--force" in capsys.readouterr().err
+    assert Path("a.snn.safetensors").read_bytes() == first
+    assert convert("-o", "a.snn.safetensors", "-T", "3", "--force") == 0
+    assert Path("a.snn.safetensors").read_bytes() != first
+
+
+def test_without_data_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["convert", "zoo:digits", "--json"]) == 0
+    found = output(capsys)
+    assert found["calibration"] == {"method": "bn", "on": None}
+    assert found["model"]["ann"] is None
+    assert found["verification"]["sample"] == "random images"
+    assert run(["convert", "zoo:digits", "--force"]) == 0
+    assert "nothing was measured" in capsys.readouterr().err
+    assert run(["eval"]) == 2
+    err = capsys.readouterr().err
+    assert "--data" in err and "SNNCONV_DATA" in err and "snnconv.toml" in err
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile", "max", "bn"])
+def test_every_calibration_and_few_bits(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert convert("--calibration", method, "--weight-bits", "4", "--json") == 0
+    found = output(capsys)
+    assert found["weight_bits"] == 4
+    assert found["calibration"]["method"] == method
+    assert found["verification"]["equal"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["convert", "nofile.pt"], 1, "no such file"),
+        (["convert", "resnet81"], 2, "did you mean resnet18"),
+        (["convert", "zoo:digits", "-T", "0"], 2, "--timesteps"),
+        (["convert", "zoo:digits", "-T", "5000"], 2, "4095"),
+        (["convert", "zoo:digits", "--drain", "soon"], 2, "--drain"),
+        (["convert", "zoo:digits", "--schedule", "paper", "--drain", "3"], 2, "no drain"),
+        (["convert", "zoo:digits", "--epochs", "1"], 2, "not available yet"),
+        (["convert", "zoo:digits", "--calibration", "mse"], 2, "no data given"),
+        (["convert", "zoo:digits", "--data", "nowhere"], 1, "no such folder"),
+        (["convert", "zoo:digits", "-o", "x.pt"], 2, "*.snn.safetensors"),
+        (["convert", "zoo:digits", "-o", "no/x.snn.safetensors"], 2, "no such folder"),
+        (["convert", "zoo:digits", "-m", "shortcut"], 2, "K=V"),
+        (["convert", "zoo:digits", "-m", "wings=2"], 2, "wings=2"),
+        (["eval", "--data", "zoo:digits"], 2, "no checkpoint given"),
+        (["eval", "a.snn.safetensors", "--data", "zoo:digits"], 1, "no such file"),
+        (["inspect"], 2, "no checkpoint given"),
+        (["check", "resnet81"], 2, "did you mean"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_code(
+    arguments: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    own_folder: Path,
+) -> None:
+    assert run(arguments) == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert "Traceback" not in err
+    assert out == ""
+    assert list(own_folder.iterdir()) == []
+
+
+def test_data_of_another_size_or_network_is_refused(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    import numpy as np
+
+    for split in ("train", "test"):
+        images = np.zeros((4, 9, 9, 1), dtype=np.uint8)
+        np.savez(own_folder / f"{split}.npz", images=images, labels=np.arange(4))
+    assert run(["convert", "zoo:digits", "--data", ".", "-q"]) == 1
+    assert "images are 9x9x1, the network takes 8x8x1" in capsys.readouterr().err
+    assert not list(own_folder.glob("*.snn.safetensors"))
+
+
+def test_a_network_that_cannot_spike_is_refused_with_all_reasons(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet")
+    torch.save(model.state_dict(), "test_efficientnet.pt")
+    assert run(["convert", "test_efficientnet.pt", "--json"]) == 3
+    found = output(capsys)
+    assert found["schema"] == "snnconv.error/1"
+    assert found["exit_code"] == 3
+    assert len(found["problems"]) > 3
+    assert sorted(p.name for p in own_folder.iterdir()) == ["test_efficientnet.pt"]
+    assert run(["check", "test_efficientnet", "--json"]) == 3
+    checked = output(capsys)
+    assert checked["schema"] == "snnconv.check/1"
+    assert checked["verdict"] == "not convertible"
+    assert checked["problems"] == found["problems"]
+
+
+def test_check_passes_what_converts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "resnet18", "--json"]) == 0
+    found = output(capsys)
+    assert found["verdict"] == "convertible"
+    assert found["mac_share_percent"]["spiking"] == 100
+    assert run(["check", "zoo:digits", "-v"]) == 0
+    assert "layer1.0.conv1" in capsys.readouterr().out
+
+
+def test_an_interrupt_leaves_nothing_behind(
+    capsys: pytest.CaptureFixture[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("snnconv.convert.calibrate_", interrupt)
+    assert convert() == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(own_folder.iterdir()) == []
+
+
+def test_the_ann_must_be_the_one_that_was_converted(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    assert convert() == 0
+    torch.manual_seed(1)
+    other = timm.create_model("digits_resnet")
+    torch.save(other.state_dict(), "digits_resnet.pt")
+    arguments = ["eval", "--data", "zoo:digits", "--limit", "9", "--ann", "digits_resnet.pt"]
+    assert run(arguments) == 2
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_eval_does_not_overwrite_what_is_not_its_own(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    assert convert() == 0
+    base = ["eval", "--data", "zoo:digits", "--limit", "9", "-q"]
+    assert run(base) == run(base) == 0
+    Path("mine.json").write_text("{}")
+    assert run([*base, "-o", "mine.json"]) == 2
+    assert Path("mine.json").read_text() == "{}"
+    Path("digits.T7-drain-signed.eval.json").write_text("notes")
+    assert run(base) == 2
+    assert "--force" in capsys.readouterr().err

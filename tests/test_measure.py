@@ -1,0 +1,122 @@
+"""Evaluations say what the simulation did."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from networks import PREPROCESSING, converted, images
+
+from snnconv.data import ImageData
+from snnconv.engine import endpoint, simulate
+from snnconv.errors import DataError, UsageError
+from snnconv.measure import evaluate, top1_percent, wilson_interval
+from snnconv.preprocess import Preprocessing
+
+COUNT = 24
+
+
+def data(labels: np.ndarray | None = None) -> ImageData:
+    pixels = images(COUNT, 4).numpy()
+    if labels is None:
+        labels = np.arange(COUNT) % 5
+
+    def read(indices: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+        return pixels[indices]
+
+    return ImageData("noise", "test", labels, None, "0" * 64, "", read)
+
+
+def settled_labels() -> np.ndarray:
+    network = converted("residual").network
+    return endpoint(network, images(COUNT, 4), 5).charges["logits"].argmax(1).numpy()
+
+
+def test_accuracy_counts_what_the_simulation_says() -> None:
+    network = converted("residual").network
+    labels = settled_labels()
+    labels[:6] = (labels[:6] + 1) % 5
+    found = evaluate(network, data(labels), np.arange(COUNT), network.timetable())
+    assert found["snn"]["top1_percent"] == found["qann"]["top1_percent"] == 75
+    assert found["agreement"] == {
+        "argmax_percent": 100,
+        "counts_percent": 100,
+        "counts_exact": True,
+    }
+    assert found["by_step"][-1]["top1_percent"] == 75
+    assert found["latency_steps"] == 5 + found["drain_steps"]["max"]
+    assert len(found["by_step"]) == found["latency_steps"]
+
+
+def test_every_step_is_the_accuracy_of_that_step() -> None:
+    network = converted("residual").network
+    labels = settled_labels()
+    found = evaluate(network, data(labels), np.arange(COUNT), network.timetable(name="paper"))
+    course = simulate(network, images(COUNT, 4), network.timetable(name="paper"))
+    for row, logits in zip(found["by_step"], course.logits(network, "logits"), strict=True):
+        expected = 100 * float((logits.argmax(1).numpy() == labels).mean())
+        assert row["top1_percent"] == pytest.approx(expected)
+    assert not found["agreement"]["counts_exact"]
+    assert found["agreement"]["counts_percent"] < 100
+
+
+def test_spikes_add_up() -> None:
+    network = converted("residual").network
+    found = evaluate(network, data(), np.arange(COUNT), network.timetable())
+    course = simulate(network, images(COUNT, 4), network.timetable())
+    positive, negative = sum(s.sum(0) for s in course.spikes.values()).tolist()
+    spikes = found["spikes"]
+    assert spikes["per_image"] == pytest.approx((positive + negative) / COUNT)
+    assert spikes["per_neuron"] == pytest.approx(spikes["per_image"] / network.neurons)
+    assert spikes["negative_percent"] == pytest.approx(100 * negative / (positive + negative))
+    # What is emitted and taken back again: positive - negative is the minimum.
+    minimum = positive - negative
+    assert spikes["over_minimum"] == pytest.approx((positive + negative) / minimum)
+    by_layer = sum(row["spikes_per_neuron"] * row["neurons"] for row in found["layers"])
+    assert by_layer == pytest.approx(spikes["per_image"])
+
+
+def test_results_do_not_depend_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = converted("residual").network
+    timings = {"wall_ms_per_image"}
+    whole = evaluate(network, data(), np.arange(COUNT), network.timetable())
+    monkeypatch.setattr("snnconv.measure.BATCH", 5)
+    parts = evaluate(network, data(), np.arange(COUNT), network.timetable())
+    assert {k: v for k, v in whole.items() if k not in timings} == {
+        k: v for k, v in parts.items() if k not in timings
+    }
+
+
+def test_steps_before_the_readout_is_active_are_null() -> None:
+    network = converted("residual").network
+    found = evaluate(network, data(), np.arange(4), network.timetable(name="wait"))
+    values = [row["top1_percent"] for row in found["by_step"]]
+    active = network.depth * network.timesteps
+    assert values[: active - 1] == [None] * (active - 1)
+    assert None not in values[active - 1 :]
+    assert found["partial"]
+    assert found["latency_steps"] == (network.depth + 1) * network.timesteps
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    network = converted("residual").network
+    with pytest.raises(DataError, match="5 classes"):
+        evaluate(network, data(np.full(COUNT, 5)), np.arange(4), network.timetable())
+    two = converted("two_outputs").network
+    with pytest.raises(UsageError, match="no classifier"):
+        evaluate(two, data(), np.arange(4), two.timetable())
+
+
+def test_interval_and_top1() -> None:
+    low, high = wilson_interval(90, 100)
+    # Wilson 1927; worked by hand with z = 1.96.
+    assert (round(low, 2), round(high, 2)) == (82.56, 94.48)
+    assert wilson_interval(0, 10)[0] == 0
+    assert wilson_interval(10, 10)[1] == pytest.approx(100)
+    labels = np.arange(COUNT) % 5
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.eye(5)[torch.zeros(len(x), dtype=torch.int64)]
+
+    share = top1_percent(forward, data(labels), PREPROCESSING, np.arange(COUNT))
+    assert share == pytest.approx(100 * float((labels == 0).mean()))
