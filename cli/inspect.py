@@ -67,26 +67,28 @@ def _layers(network: SpikingNetwork) -> list[dict[str, Any]]:
         if not isinstance(node, (Population, Readout)):
             continue
         bound = membrane_bound(node, limits, network.timesteps)
-        neurons = isinstance(node, Population)
-        rows.append(
-            {
-                "layer": node.path if neurons else node.name,
-                "neurons": torch.Size(node.shape).numel() if neurons else 0,
-                "shape": list(node.shape),
-                "depth": node.depth,
-                "sources": [s.source for s in node.branches],
-                "weights": sum(s.weight.numel() for s in node.branches),
-                "shift": max(int(s.shift.max()) for s in node.branches),
-                "threshold": [int(node.threshold.min()), int(node.threshold.max())]
-                if neurons
-                else None,
-                "counts": str(count_dtype(*limits[node.name])).removeprefix("torch.")
-                if neurons
-                else None,
-                "two_sided": node.two_sided if neurons else None,
-                "membrane_bits": bound.bit_length() + 1,
+        row: dict[str, Any] = {
+            "layer": node.name,
+            "neurons": 0,
+            "shape": list(node.shape),
+            "depth": node.depth,
+            "sources": [s.source for s in node.branches],
+            "weights": sum(s.weight.numel() for s in node.branches),
+            "shift": max(int(s.shift.max()) for s in node.branches),
+            "threshold": None,
+            "counts": None,
+            "two_sided": None,
+            "membrane_bits": bound.bit_length() + 1,
+        }
+        if isinstance(node, Population):
+            row |= {
+                "layer": node.path,
+                "neurons": torch.Size(node.shape).numel(),
+                "threshold": [int(node.threshold.min()), int(node.threshold.max())],
+                "counts": str(count_dtype(*limits[node.name])).removeprefix("torch."),
+                "two_sided": node.two_sided,
             }
-        )
+        rows.append(row)
     return rows
 
 

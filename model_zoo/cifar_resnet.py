@@ -56,6 +56,13 @@ class BasicBlock(nn.Module):
         return F.relu(out)
 
 
+def _stage(blocks: int, inplanes: int, planes: int, stride: int, shortcut: str) -> nn.Sequential:
+    first = BasicBlock(inplanes, planes, stride, shortcut)
+    return nn.Sequential(
+        first, *(BasicBlock(planes, planes, 1, shortcut) for _ in range(blocks - 1))
+    )
+
+
 class CifarResNet(nn.Module):
     """A residual network for small images, `[N, in_chans, 32, 32]` to logits `[N, num_classes]`.
 
@@ -78,15 +85,10 @@ class CifarResNet(nn.Module):
         self.num_features = widths[2]
         self.conv1 = nn.Conv2d(in_chans, widths[0], 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        inplanes = widths[0]
-        for stage, planes in enumerate(widths, 1):
-            layers = []
-            for i in range(blocks):
-                stride = 2 if stage > 1 and i == 0 else 1
-                layers.append(BasicBlock(inplanes, planes, stride, shortcut))
-                inplanes = planes
-            setattr(self, f"layer{stage}", nn.Sequential(*layers))
-        self.linear = nn.Linear(inplanes, num_classes)
+        self.layer1 = _stage(blocks, widths[0], widths[0], 1, shortcut)
+        self.layer2 = _stage(blocks, widths[0], widths[1], 2, shortcut)
+        self.layer3 = _stage(blocks, widths[1], widths[2], 2, shortcut)
+        self.linear = nn.Linear(widths[2], num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight)
@@ -100,7 +102,8 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.adaptive_avg_pool2d(x, 1)
-        return self.linear(torch.flatten(x, 1))
+        logits: Tensor = self.linear(torch.flatten(x, 1))
+        return logits
 
 
 def _cfg() -> dict[str, Any]:

@@ -162,6 +162,7 @@ def _inputs(node: Node) -> tuple[str, ...]:
 
 
 def _node_to_json(node: Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    values: dict[str, Any]
     if isinstance(node, Image):
         kind, values = "image", {"shape": node.shape, "zero_point": node.zero_point}
     elif isinstance(node, Relay):

@@ -160,8 +160,8 @@ def _from_arrays(
         return images[indices].transpose(0, 3, 1, 2)
 
     digest = hashlib.sha256(f"{images.shape}".encode())
-    digest.update(np.ascontiguousarray(images))
-    digest.update(np.ascontiguousarray(labels))
+    digest.update(np.ascontiguousarray(images).data)
+    digest.update(np.ascontiguousarray(labels).data)
     return ImageData(name, split, labels, class_names, digest.hexdigest(), note, read)
 
 

@@ -76,7 +76,7 @@ class _Folder:
                 pools.append(operation.attributes["pool"])
             else:
                 kind, attributes = operation.kind, operation.attributes
-                weight = operation.module.weight.detach().double()  # type: ignore[union-attr,operator]
+                weight = operation.module.weight.detach().double()
         for step in rest:
             if step not in self.fx:
                 continue
@@ -95,10 +95,10 @@ class _Folder:
         operation = self.operation(node.name)
         kind, inputs = operation.kind, operation.inputs
         if kind in ("conv", "linear"):
-            bias = operation.module.bias  # type: ignore[union-attr]
+            bias = operation.module.bias
             if bias is None:
                 return torch.zeros((), dtype=torch.float64)
-            return bias.detach().double()  # type: ignore[operator]
+            return bias.detach().double()
         if kind == "batch_norm":
             gain, shift = _affine(operation)
             here = (node.name, *trail)
@@ -117,20 +117,20 @@ class _Folder:
 def _affine(operation: Operation) -> tuple[Tensor, Tensor]:
     """Return gain and shift of a BatchNorm in inference, float64 `[C]`."""
     norm = operation.module
-    mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr,operator]
-    gain = torch.rsqrt(variance + norm.eps)  # type: ignore[union-attr,operator]
-    if norm.weight is not None:  # type: ignore[union-attr]
-        gain = gain * norm.weight.detach().double()  # type: ignore[union-attr,operator]
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    gain = torch.rsqrt(variance + norm.eps)
+    if norm.weight is not None:
+        gain = gain * norm.weight.detach().double()
     shift = -mean * gain
-    if norm.bias is not None:  # type: ignore[union-attr]
-        shift = shift + norm.bias.detach().double()  # type: ignore[union-attr,operator]
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
     return gain, shift
 
 
 def _statistics(operation: Operation) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of a BatchNorm's output, float64 `[C]`."""
     norm = operation.module
-    channels = norm.num_features  # type: ignore[union-attr]
-    mean = torch.zeros(channels) if norm.bias is None else norm.bias.detach()  # type: ignore[union-attr,operator]
-    spread = torch.ones(channels) if norm.weight is None else norm.weight.detach().abs()  # type: ignore[union-attr,operator]
+    channels = norm.num_features
+    mean = torch.zeros(channels) if norm.bias is None else norm.bias.detach()
+    spread = torch.ones(channels) if norm.weight is None else norm.weight.detach().abs()
     return mean.double(), spread.double()

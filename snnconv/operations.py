@@ -32,7 +32,7 @@ class Operation:
     kind: str
     inputs: tuple[fx.Node, ...] = ()
     attributes: dict[str, Any] = field(default_factory=dict)
-    module: nn.Module | None = None
+    module: Any = None
     reason: str = ""
     remedy: str = ""
 
@@ -103,7 +103,7 @@ def _activation(x: fx.Node, low: Any, high: Any) -> Operation:
     )
 
 
-def _module(m: nn.Module, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Operation:
+def _module(m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Operation:
     from timm.layers import AvgPool2dSame, Conv2dSame
     from timm.layers.pool2d_same import MaxPool2dSame
 
@@ -371,19 +371,19 @@ def _function(
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:
-    operands = node.args[:2]
+    operands: Any = node.args[:2]
     if node.kwargs.get("alpha", 1) != 1:
         return unsupported("add with alpha", "scale the weights instead")
     if len(operands) != 2 or not all(isinstance(o, fx.Node) for o in operands):
         return unsupported("addition of a constant", "put the constant into a bias")
-    shapes = {traced.shapes.get(o.name) for o in operands}  # type: ignore[union-attr]
+    shapes = {traced.shapes.get(o.name) for o in operands}
     if len(shapes) != 1:
         return unsupported(f"addition that broadcasts shapes {sorted(map(str, shapes))}")
-    return Operation("add", tuple(operands))  # type: ignore[arg-type]
+    return Operation("add", tuple(operands))
 
 
 def _slice(node: fx.Node, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Operation:
-    index = node.args[1]
+    index: Any = node.args[1]
     items = index if isinstance(index, tuple) else (index,)
     whole = slice(None)
     if not all(isinstance(i, slice) or i is Ellipsis for i in items):

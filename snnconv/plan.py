@@ -306,9 +306,7 @@ class _Planner:
     def conv(self, node: fx.Node, operation: Operation) -> _Value:
         (value,) = self.read(operation)
         counts = self.materialize(value, "a weighted layer follows a current: T signed levels")
-        module = operation.module
-        assert module is not None
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        weight: torch.Tensor = operation.module.weight
         pixels = 1
         for n in self.shapes[node.name][1:]:
             pixels *= n
@@ -427,7 +425,7 @@ class _Planner:
 def _gains_positive(operation: Operation) -> bool:
     """Return whether a BatchNorm preserves the order of its inputs in every channel."""
     weight = operation.module.weight if operation.module is not None else None
-    return weight is None or (not weight.is_meta and bool((weight >= 0).all()))  # type: ignore[operator,union-attr]
+    return weight is None or (not weight.is_meta and bool((weight >= 0).all()))
 
 
 def _size(shape: tuple[int, ...]) -> int:

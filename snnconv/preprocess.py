@@ -62,4 +62,7 @@ class Preprocessing:
         known = {f.name for f in fields(cls)}
         if unknown := set(values) - known:
             raise UsageError(f"preprocessing: unknown keys {sorted(unknown)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arguments: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**arguments)

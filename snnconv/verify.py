@@ -301,7 +301,8 @@ def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
     worths = _worths(oracle)
     problems: list[str] = []
     compared = 0
-    for planned in (*oracle.neurons, *oracle.outputs):
+    everything: list[Neurons | Output] = [*oracle.neurons, *oracle.outputs]
+    for planned in everything:
         node = oracle.nodes[planned.name]
         assert isinstance(node, (Population, Readout))
         path = getattr(planned, "path", planned.name)

@@ -30,7 +30,7 @@ def exact_arithmetic() -> Iterator[None]:
     try:
         with (
             torch.no_grad(),
-            torch.backends.nnpack.flags(enabled=False),  # type: ignore[no-untyped-call]
+            torch.backends.nnpack.flags(enabled=False),
             torch.backends.cudnn.flags(enabled=False),
         ):
             yield
