@@ -7,6 +7,7 @@ engine runs it under a schedule. See method.md, section 4.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -175,26 +176,29 @@ def count_dtype(low: int, high: int) -> torch.dtype:
     return torch.int32
 
 
-def charge_bound(synapse: Synapse, low: int, high: int) -> int:
-    """Return the largest partial sum `sum |W| |S|` of any row, before shift and pooling."""
-    weight = synapse.weight.long().abs()
-    per_row = weight if synapse.kind == "scale" else weight.flatten(1).sum(1)
-    return int(per_row.max()) * max(-low, high)
+def charge_bounds(synapse: Synapse, low: int, high: int) -> Tensor:
+    """Return per row the largest magnitude of any partial sum of `W S`, int64 `[C]`.
+
+    For counts from `low <= 0` to `high >= 0`, before the shift, summed in any order; pooling sums
+    are included.
+    """
+    weight = synapse.weight.long()
+    weight = weight[:, None] if synapse.kind == "scale" else weight.flatten(1)
+    positive, negative = weight.clamp(min=0).sum(1), (-weight).clamp(min=0).sum(1)
+    largest = torch.maximum(positive * high - negative * low, negative * high - positive * low)
+    return largest * math.prod(pool.largest_sum for pool in synapse.pools)
 
 
 def membrane_bound(
     node: Population | Readout, limits: dict[str, tuple[int, int]], timesteps: int
 ) -> int:
     """Return a bound on the magnitude of every partial sum of a membrane (method.md, 4.4)."""
-    total = timesteps * int(node.bias.long().abs().max())
+    total = timesteps * node.bias.long().abs()
     for synapse in node.branches:
-        bound = charge_bound(synapse, *limits[synapse.source]) << int(synapse.shift.max())
-        for pool in synapse.pools:
-            bound *= pool.largest_sum
-        total += bound
+        total = total + (charge_bounds(synapse, *limits[synapse.source]) << synapse.shift.long())
     if isinstance(node, Population):
-        total += (timesteps + 1) * int(node.threshold.max())
-    return total
+        total = total + (timesteps + 1) * node.threshold.long()
+    return int(total.max())
 
 
 def depths(nodes: list[Any]) -> dict[str, int]:

@@ -87,14 +87,26 @@ def adaptive_windows(length: int, output: int) -> tuple[Window, ...]:
 
 
 def window_sum(x: Tensor, pool: Pool) -> Tensor:
-    """Sum every window of `[N, C, H, W]`, in the tensor's own number type."""
-    if len(pool.h) == len(pool.w) == 1:
-        (h0, h1, _), (w0, w1, _) = pool.h[0], pool.w[0]
-        return x[:, :, h0:h1, w0:w1].sum((2, 3), keepdim=True, dtype=x.dtype)
+    """Sum every window of `[N, C, H, W]`, in the tensor's own number type.
+
+    No partial sum reaches beyond its window, so that the bound of a window holds for all of them.
+    """
     for axis, windows in ((2, pool.h), (3, pool.w)):
-        start, end = (torch.tensor([w[k] for w in windows], device=x.device) for k in (0, 1))
-        total = F.pad(x.cumsum(axis, dtype=x.dtype), (1, 0, 0, 0) if axis == 3 else (0, 0, 1, 0))
-        x = total.index_select(axis, end) - total.index_select(axis, start)
+        if len(windows) == 1:
+            start, end, _ = windows[0]
+            x = x.narrow(axis, start, end - start).sum(axis, keepdim=True, dtype=x.dtype)
+            continue
+        total: Tensor | None = None
+        for offset in range(max(end - start for start, end, _ in windows)):
+            inside = [start + offset < end for start, end, _ in windows]
+            index = [start + offset * i for (start, _, _), i in zip(windows, inside, strict=True)]
+            part = x.index_select(axis, torch.tensor(index, device=x.device))
+            if not all(inside):
+                mask = torch.tensor(inside, device=x.device).to(x.dtype)
+                part = part * (mask[:, None] if axis == 2 else mask)
+            total = part if total is None else total + part
+        assert total is not None
+        x = total
     return x
 
 

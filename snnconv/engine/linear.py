@@ -7,14 +7,13 @@ algorithms that multiply and add may run: no Winograd, no FFT, no TF32.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from snnconv.network import Population, Readout, Synapse, charge_bound, membrane_bound
+from snnconv.network import Population, Readout, Synapse, charge_bounds, membrane_bound
 from snnconv.ops import per_channel, sum_pool
 from snnconv.quant import apply_weight
 
@@ -69,10 +68,9 @@ class Charge:
         self.bias = node.bias.to(device, self.dtype)
         self.branches = []
         for synapse in node.branches:
-            widest = max(pool.largest_sum for pool in synapse.pools) if synapse.pools else 1
-            bound = charge_bound(synapse, *limits[synapse.source])
-            bound *= math.prod(pool.largest_sum for pool in synapse.pools)
-            dtype = exact_dtype(max(bound, widest))
+            low, high = limits[synapse.source]
+            bound = int(charge_bounds(synapse, low, high).max())
+            dtype = exact_dtype(max(bound, -low, high))
             weight = synapse.weight.to(device, dtype)
             factor = torch.exp2(synapse.shift.to(device, self.dtype))
             plain = not bool(synapse.shift.any())
