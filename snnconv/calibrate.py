@@ -1,8 +1,9 @@
-"""Choose the clip of every population without training (method.md, section 5).
+"""Choose the clips of every population without training (method.md, section 5).
 
-Statistics stream through histograms of fixed size, so memory does not grow with the number of
-images. Without data, the histograms are computed from BatchNorm's statistics, as the mixture of
-one normal distribution per channel.
+Statistics stream through histograms of fixed size, one per channel, so memory does not grow with
+the number of images. Without data, the histograms are those of normal distributions whose moments
+come from BatchNorm's statistics. A clip per channel costs nothing at run time: it is folded into
+the thresholds and the weights behind them.
 """
 
 from __future__ import annotations
@@ -19,51 +20,70 @@ from snnconv.quant import Branch, Layer, Qann, quantize
 
 METHODS = ("mse", "percentile", "max", "bn")
 BINS = 2048
-CANDIDATES = 256
+CANDIDATES = 512
+# Smallest clip of a channel, as a share of its layer's largest: a bound on the range of integers.
+SMALLEST_SHARE = 1 / 16
+BINNED_AT_ONCE = 2**22
 
 
 class Histogram:
-    """Counts of activation magnitudes in `BINS` equal bins whose range doubles when needed."""
+    """Magnitudes of the activations of C channels, `BINS` equal bins each.
 
-    def __init__(self) -> None:
+    `counts` is float64 `[C, BINS]`; bin i of a channel ends at `range * (i + 1) / BINS`, and a
+    channel's `range` `[C]` doubles when a larger value comes. `total` is the number of values per
+    channel, zeros included, `largest` `[C]` the largest of them.
+    """
+
+    def __init__(self, channels: int) -> None:
         """Start empty."""
-        self.counts = torch.zeros(BINS, dtype=torch.float64)
-        self.range = 0.0
-        self.largest = 0.0
+        self.counts = torch.zeros(channels, BINS, dtype=torch.float64)
+        self.range = torch.zeros(channels, dtype=torch.float64)
+        self.largest = torch.zeros(channels, dtype=torch.float64)
         self.total = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Add non-negative values of any shape. Raises DataError if one is not finite."""
-        largest = float(values.max())
-        if not math.isfinite(largest):
+        """Add non-negative values `[N, C, ...]`. Raises DataError if one is not finite."""
+        values = values.cpu().transpose(0, 1).flatten(1)
+        largest = values.amax(1).double()
+        if not bool(largest.isfinite().all()):
             raise DataError("calibration: the network computes infinite or undefined activations")
-        self.total += values.numel()
-        self.largest = max(self.largest, largest)
-        if largest == 0:
-            return
-        if self.range == 0:
-            self.range = largest
-        while largest > self.range:
-            merged = self.counts.view(-1, 2).sum(1)
-            self.counts = torch.cat([merged, torch.zeros_like(merged)])
-            self.range *= 2
-        positive = values[values > 0].float().cpu()
-        self.counts += torch.histc(positive, BINS, 0, self.range).double()
+        self.total += values.shape[1]
+        self.largest = torch.maximum(self.largest, largest)
+        self.range = torch.where(self.range == 0, largest, self.range)
+        while bool((grown := self.largest > self.range).any()):
+            merged = self.counts[grown].view(-1, BINS // 2, 2).sum(2)
+            self.counts[grown] = torch.cat([merged, torch.zeros_like(merged)], 1)
+            self.range[grown] *= 2
+        scale = torch.where(self.range > 0, BINS / self.range, 0.0).float()[:, None]
+        offset = (torch.arange(len(scale)) * BINS)[:, None]
+        for part in values.split(max(1, BINNED_AT_ONCE // len(scale)), 1):
+            bins = (part * scale).long().clamp_max_(BINS - 1).add_(offset)
+            found = torch.bincount(bins[part > 0], minlength=self.counts.numel())
+            self.counts += found.view_as(self.counts)
 
     def percentile(self, percent: float) -> float:
-        """Return the value that `percent` of all added values, zeros included, lie below."""
-        above = self.total * (1 - percent / 100)
-        tail = self.counts.flip(0).cumsum(0).flip(0)
-        over = int((tail > above).sum())
-        return min(over * self.range / BINS, self.largest)
+        """Return the value that `percent` of all values of all channels lie below."""
+        edges, order = self._edges().flatten().sort(descending=True)
+        above = self.counts.flatten()[order].cumsum(0)
+        allowed = self.total * len(self.counts) * (1 - percent / 100)
+        over = int((above > allowed).nonzero()[:1].sum())
+        return min(float(edges[over]), float(self.largest.max()))
 
-    def least_error_clip(self, timesteps: int, largest: float) -> float:
-        """Return the clip up to `largest` whose T levels have the least mean squared error."""
-        centers = (torch.arange(BINS, dtype=torch.float64) + 0.5) * (self.range / BINS)
-        fractions = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
-        clips = (fractions * largest)[:, None]
-        errors = (quantize(centers, clips, timesteps) - centers).square() @ self.counts
-        return float(clips[errors.argmin()])
+    def _edges(self) -> Tensor:
+        """Return where every bin ends, `[C, BINS]`."""
+        ends = torch.arange(1, BINS + 1, dtype=torch.float64) / BINS
+        return self.range[:, None] * ends
+
+    def least_error_clips(self, timesteps: int) -> Tensor:
+        """Return per channel the clip whose T levels have the least mean squared error, `[C]`.
+
+        Zero for channels that are silent.
+        """
+        centers = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
+        shares = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
+        errors = (quantize(centers, shares[:, None], timesteps) - centers).square()
+        best = shares[(self.counts @ errors.t()).argmin(1)]
+        return torch.minimum(best * self.range, self.largest)
 
 
 def calibrate_(
@@ -73,13 +93,14 @@ def calibrate_(
     method: str = "mse",
     percentile: float = 99.9,
 ) -> None:
-    """Set the clip of every population of a QANN, in place.
+    """Set the clips of every population of a QANN, in place.
 
     `batches` are normalised images `[N, C, H, W]`, ignored and unnecessary for `bn`. `mse`
-    minimises the squared error at T levels, `percentile` is Spiking ResNet's choice, `max` the
-    largest activation seen. A natural clip (ReLU6) is never exceeded. Populations that are
-    silent get a clip of 1. Raises UsageError for an unknown method or missing data, DataError
-    if there are no images.
+    minimises the squared error at T levels channel by channel, as `bn` does without images;
+    `percentile` is Spiking ResNet's choice (arXiv 1805.01352), all channels of a layer together,
+    `max` the layer's largest activation. A natural clip (ReLU6) is never exceeded. Populations
+    that are silent get a clip of 1. Raises UsageError for an unknown method or missing data,
+    DataError if there are no images.
     """
     if method not in METHODS:
         raise UsageError(f"unknown calibration {method!r}; choose from {', '.join(METHODS)}")
@@ -91,20 +112,26 @@ def calibrate_(
         histograms = _from_images(qann, batches)
     for layer in qann.populations():
         histogram = histograms[layer.name]
-        largest = min(histogram.largest, layer.cap or math.inf)
-        if largest == 0:
-            clip = layer.cap or 1.0
-        elif method == "max":
-            clip = largest
+        if method == "max":
+            clips = histogram.largest.amax().expand(len(layer.clip))
         elif method == "percentile":
-            clip = min(histogram.percentile(percentile), largest) or largest
+            clips = torch.full_like(histogram.largest, histogram.percentile(percentile))
         else:
-            clip = histogram.least_error_clip(timesteps, largest)
-        layer.clip.fill_(clip)
+            clips = histogram.least_error_clips(timesteps)
+        layer.clip.copy_(_settled(clips, layer.cap))
+
+
+def _settled(clips: Tensor, cap: float | None) -> Tensor:
+    """Keep clips below the natural one and within a range; silent channels get the largest."""
+    clips = clips if cap is None else clips.clamp(max=cap)
+    largest = clips.amax()
+    if largest == 0:
+        return torch.full_like(clips, cap or 1.0)
+    return torch.where(clips > 0, clips.clamp(min=largest * SMALLEST_SHARE), largest)
 
 
 def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
-    histograms = {layer.name: Histogram() for layer in qann.populations()}
+    histograms = {layer.name: Histogram(len(layer.clip)) for layer in qann.populations()}
 
     def observe(layer: Layer, current: Tensor) -> None:
         values = current.abs() if layer.two_sided else current.clamp(min=0)
@@ -138,7 +165,7 @@ def _from_statistics(qann: Qann) -> dict[str, Histogram]:
             moments[node.name] = _relay_moments(node, [moments[i] for i in node.inputs])
         elif not node.readout:
             current = _layer_moments(node, moments)
-            histograms[node.name] = _normal_mixture(current, node.two_sided)
+            histograms[node.name] = _normal_histogram(current, node.two_sided)
             moments[node.name] = current if node.two_sided else _rectified(current)
     return histograms
 
@@ -199,16 +226,16 @@ def _rectified(current: _Moments) -> _Moments:
     return _Moments(mean, (second - mean.square()).clamp_min(0))
 
 
-def _normal_mixture(current: _Moments, two_sided: bool) -> Histogram:
-    """Return the histogram of an activation whose channels are normally distributed."""
-    histogram = Histogram()
+def _normal_histogram(current: _Moments, two_sided: bool) -> Histogram:
+    """Return the histograms of an activation whose channels are normally distributed."""
     mean, deviation = current.mean.double(), current.variance.double().sqrt().clamp_min(1e-12)
+    histogram = Histogram(len(mean))
     reach = mean.abs() if two_sided else mean
-    histogram.largest = histogram.range = max(float((reach + 4 * deviation).max()), 0.0)
-    histogram.total = float(len(mean))
-    edges = torch.linspace(0, histogram.range or 1.0, BINS + 1, dtype=torch.float64)[:, None]
-    mass = torch.special.ndtr((edges - mean) / deviation).diff(dim=0)
+    histogram.largest = histogram.range = (reach + 4 * deviation).clamp_min(0)
+    histogram.total = 1.0
+    edges = torch.linspace(0, 1, BINS + 1, dtype=torch.float64) * histogram.range[:, None]
+    mean, deviation = mean[:, None], deviation[:, None]
+    histogram.counts = torch.special.ndtr((edges - mean) / deviation).diff(dim=1)
     if two_sided:
-        mass = mass + torch.special.ndtr((edges + mean) / deviation).diff(dim=0)
-    histogram.counts = mass.sum(1)
+        histogram.counts += torch.special.ndtr((edges + mean) / deviation).diff(dim=1)
     return histogram

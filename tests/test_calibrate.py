@@ -10,7 +10,7 @@ import torch
 from networks import PREPROCESSING, build, images
 from torch import Tensor
 
-from snnconv.calibrate import Histogram, calibrate_
+from snnconv.calibrate import SMALLEST_SHARE, Histogram, calibrate_
 from snnconv.errors import DataError, UsageError
 from snnconv.fold import fold
 from snnconv.graph import trace
@@ -49,18 +49,22 @@ def test_percentile_leaves_that_share_below() -> None:
         assert abs(float((values <= layer.clip[0]).float().mean()) - 0.95) < 0.01
 
 
-def test_mse_is_no_worse_than_any_other_clip() -> None:
+def test_mse_is_no_worse_than_any_other_clip_of_a_channel() -> None:
     network = qann()
     calibrate_(network, X.split(5), 4, "mse")
     for layer in network.populations():
-        values = activations(network, X)[layer.name].clamp(min=0)
+        values = activations(network, X)[layer.name].clamp(min=0).transpose(0, 1).flatten(1)
+        smallest = float(layer.clip.max()) * SMALLEST_SHARE
+        assert len(set(layer.clip.tolist())) > 1
+        for clip, channel in zip(layer.clip, values, strict=True):
 
-        def error(clip: float, values: Tensor = values) -> float:
-            return float((quantize(values, torch.tensor(clip), 4) - values).square().mean())
+            def error(clip: float, x: Tensor = channel) -> float:
+                return float((quantize(x, torch.tensor(clip), 4) - x).square().mean())
 
-        largest = float(values.max())
-        best = min(error(largest * i / 50) for i in range(1, 51))
-        assert error(float(layer.clip[0])) <= 1.02 * best
+            largest = float(channel.max())
+            candidates = [largest * i / 50 for i in range(1, 51)]
+            allowed = [c for c in candidates if c >= smallest] or [smallest]
+            assert error(float(clip)) <= 1.02 * min(map(error, allowed)) + 1e-9
 
 
 def test_clips_do_not_depend_on_the_batches() -> None:
@@ -113,14 +117,27 @@ def test_a_silent_layer_gets_a_clip() -> None:
     assert torch.equal(first.clip, torch.ones_like(first.clip))
 
 
-def test_the_histogram_grows_without_losing_values() -> None:
-    histogram = Histogram()
-    values = torch.cat([torch.rand(1000), 7 * torch.rand(1000), torch.zeros(500)])
+def test_a_silent_channel_gets_the_largest_clip_of_its_layer() -> None:
+    network = qann()
+    first = next(network.populations())
+    with torch.no_grad():
+        first.weights[0][2] = 0
+        first.bias[2] = -1
+    calibrate_(network, [X], 7)
+    assert first.clip[2] == first.clip.max() > first.clip.min()
+
+
+def test_the_histograms_grow_without_losing_values() -> None:
+    histogram = Histogram(2)
+    small = torch.cat([torch.rand(1000), 7 * torch.rand(1000), torch.zeros(500)])
+    values = torch.stack([small, 100 * small.flip(0)], 1)
     for part in values.split(300):
         histogram.add(part)
     assert histogram.total == 2500
-    assert int(histogram.counts.sum()) == int((values > 0).sum())
-    assert abs(histogram.percentile(50) - float(values.quantile(0.5))) < 0.02
+    assert torch.equal(histogram.counts.sum(1).long(), (values > 0).sum(0))
+    assert torch.equal(histogram.largest, values.amax(0).double())
+    expected = float(values.flatten().quantile(0.7))
+    assert abs(histogram.percentile(70) - expected) < 0.002 * float(values.max())
 
 
 def test_wrong_requests_are_refused() -> None:

@@ -2,7 +2,7 @@
 # Make the reports in this folder: training-free conversion of published CIFAR-10 ResNets,
 # evaluated on all 10,000 test images, calibrated on 1,000 training images (seed 0).
 #
-#   docs/results/cifar10_resnet.sh DATA CHECKPOINTS [PATTERN]
+#   model_zoo/results/cifar10_resnet.sh DATA CHECKPOINTS [PATTERN]
 #
 # DATA has train.npz and test.npz, CHECKPOINTS resnet20-12fca82f.th and resnet56-4bfd9763.th.
 # Reports that are there already are kept; PATTERN chooses by name. About two hours on 2 cores.
