@@ -203,10 +203,10 @@ def command(
     report.require_writable(report_path, force, "snnconv.conversion/1")
 
     from snnconv import __version__, checkpoint
-    from snnconv.convert import check_equal, convert
     from snnconv.data import choose_indices, open_data
     from snnconv.load import load_model
     from snnconv.measure import top1_percent
+    from snnconv.pipeline import check_equal, convert
 
     place = options.resolve_device(device)
     loaded = load_model(source, arch=arch, model_args=parse_model_args(model_args))
@@ -274,7 +274,7 @@ def command(
         sample = _sample(train, loaded, indices, seed)
         verification, agreement = check_equal(conversion, sample)
         progress("verify", 1, 1)
-    checkpoint.save(conversion.network, path)
+    checkpoint.save_network(conversion.network, path)
     network = conversion.network
     contents = {
         "schema": "snnconv.conversion/1",

@@ -114,12 +114,12 @@ def command(
     where = options.require_data(data)
 
     from snnconv import report
-    from snnconv.checkpoint import load
+    from snnconv.checkpoint import load_network
     from snnconv.data import choose_indices, open_data
     from snnconv.measure import evaluate
     from snnconv.normalize import with_settings
 
-    network = load(path)
+    network = load_network(path)
     if checkpoint is None:
         console.note(f"using {path}", quiet)
     settings = {"neuron": neuron, "initial_membrane": initial_membrane}
@@ -179,9 +179,9 @@ def _measure_ann(
     progress: console.Progress,
 ) -> dict[str, Any]:
     """Measure the ANN and its float QANN on the same images."""
-    from snnconv.convert import float_qann
     from snnconv.load import load_model
     from snnconv.measure import top1_percent
+    from snnconv.pipeline import float_qann
 
     loaded = load_model(
         source, arch=network.model["name"], model_args=network.model.get("args", {})

@@ -25,9 +25,9 @@ def command(checkpoint: Path | None, as_json: bool, verbose: bool, quiet: bool) 
     """
     path = checkpoint or options.newest_checkpoint()
     from snnconv import __version__
-    from snnconv.checkpoint import load
+    from snnconv.checkpoint import load_network
 
-    network = load(path)
+    network = load_network(path)
     if checkpoint is None:
         console.note(f"using {path}", quiet)
     timetable = network.timetable()

@@ -10,37 +10,36 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from snnconv.calibrate import calibrate_ as calibrate_
-    from snnconv.checkpoint import load as load
-    from snnconv.checkpoint import save as save
-    from snnconv.convert import check_equal as check_equal
-    from snnconv.convert import convert as convert
+    from snnconv.checkpoint import load_network as load_network
+    from snnconv.checkpoint import save_network as save_network
     from snnconv.data import open_data as open_data
     from snnconv.engine import endpoint as endpoint
     from snnconv.engine import simulate as simulate
-    from snnconv.fold import fold as fold
+    from snnconv.folding import fold as fold
     from snnconv.graph import trace as trace
     from snnconv.load import load_model as load_model
     from snnconv.measure import evaluate as evaluate
     from snnconv.normalize import integerize as integerize
+    from snnconv.pipeline import check_equal as check_equal
+    from snnconv.pipeline import convert as convert
     from snnconv.plan import make_plan as make_plan
-    from snnconv.verify import verify as verify
 
 __version__ = "0.1.0"
 
-# Public name → its module, in the order of the data's way.
+# Public name → its module, in the order of the data's way. No name may be that of a module here,
+# which would take its place as soon as it is imported.
 _PUBLIC = {
     "load_model": "snnconv.load",
     "open_data": "snnconv.data",
-    "convert": "snnconv.convert",
-    "check_equal": "snnconv.convert",
+    "convert": "snnconv.pipeline",
+    "check_equal": "snnconv.pipeline",
     "trace": "snnconv.graph",
     "make_plan": "snnconv.plan",
-    "fold": "snnconv.fold",
+    "fold": "snnconv.folding",
     "calibrate_": "snnconv.calibrate",
     "integerize": "snnconv.normalize",
-    "verify": "snnconv.verify",
-    "save": "snnconv.checkpoint",
-    "load": "snnconv.checkpoint",
+    "save_network": "snnconv.checkpoint",
+    "load_network": "snnconv.checkpoint",
     "simulate": "snnconv.engine",
     "endpoint": "snnconv.engine",
     "evaluate": "snnconv.measure",

@@ -53,7 +53,7 @@ _SYNAPSES = {
 }
 
 
-def save(network: SpikingNetwork, path: Path) -> None:
+def save_network(network: SpikingNetwork, path: Path) -> None:
     """Write a network; the file appears whole or not at all, and the same network gives the same
     bytes.
     """
@@ -86,7 +86,7 @@ def write_atomically(path: Path, contents: bytes) -> None:
         raise
 
 
-def load(path: Path) -> SpikingNetwork:
+def load_network(path: Path) -> SpikingNetwork:
     """Rebuild a network from its file alone.
 
     Raises CheckpointError if the file is missing, damaged, no spiking checkpoint, of a newer

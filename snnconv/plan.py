@@ -219,6 +219,10 @@ class _Planner:
             self.values[node.name] = value
             if isinstance(value, _Counts):
                 self.sites[node.name] = value.node
+        for name, value in self.values.items():
+            if isinstance(value, _Current) and value.site in self.sites:
+                # An identity behind a current that got a neuron after it had been passed.
+                self.sites[name] = self.sites[value.site]
         return ConversionPlan(self.entries, self._live_nodes(), self.sites)
 
     def _live_nodes(self) -> list[PlanNode]:

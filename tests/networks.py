@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snnconv.convert import Conversion, convert
+from snnconv.pipeline import Conversion, convert
 from snnconv.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing((3, 12, 12), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snnconv.calibrate import SMALLEST_SHARE, Histogram, calibrate_
 from snnconv.errors import DataError, UsageError
-from snnconv.fold import fold
+from snnconv.folding import fold
 from snnconv.graph import trace
 from snnconv.plan import make_plan
 from snnconv.quant import Qann, quantize

@@ -13,7 +13,7 @@ from networks import NETWORKS, converted, images
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from snnconv.checkpoint import load, save
+from snnconv.checkpoint import load_network, save_network
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import CheckpointError
 
@@ -22,8 +22,8 @@ from snnconv.errors import CheckpointError
 def test_the_same_bits_come_back(name: str, tmp_path: Path) -> None:
     network = converted(name, 1, schedule="stagger", stagger=2, drain=3).network
     path = tmp_path / "a.snn.safetensors"
-    save(network, path)
-    again = load(path)
+    save_network(network, path)
+    again = load_network(path)
     before = simulate(network, images(3), network.timetable())
     after = simulate(again, images(3), again.timetable())
     assert before.schedule == after.schedule
@@ -38,9 +38,9 @@ def test_the_same_bits_come_back(name: str, tmp_path: Path) -> None:
 
 def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.snn.safetensors" for i in range(3)]
-    save(converted("residual").network, paths[0])
-    save(converted("residual").network, paths[1])
-    save(load(paths[0]), paths[2])
+    save_network(converted("residual").network, paths[0])
+    save_network(converted("residual").network, paths[1])
+    save_network(load_network(paths[0]), paths[2])
     first, *others = (path.read_bytes() for path in paths)
     assert all(other == first for other in others)
 
@@ -48,10 +48,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_the_file_alone_is_enough(tmp_path: Path) -> None:
     network = converted("residual").network
     path = tmp_path / "a.snn.safetensors"
-    save(network, path)
+    save_network(network, path)
     program = (
-        "import sys; from pathlib import Path; from snnconv.checkpoint import load;"
-        f"network = load(Path({str(path)!r}));"
+        "import sys; from pathlib import Path; from snnconv.checkpoint import load_network;"
+        f"network = load_network(Path({str(path)!r}));"
         "assert 'timm' not in sys.modules and 'snnconv.model_zoo' not in sys.modules;"
         "print(network.neurons)"
     )
@@ -62,8 +62,8 @@ def test_the_file_alone_is_enough(tmp_path: Path) -> None:
 
 def test_a_reloaded_checkpoint_runs_at_another_t(tmp_path: Path) -> None:
     network = converted("residual").network
-    save(network, tmp_path / "a.snn.safetensors")
-    again = load(tmp_path / "a.snn.safetensors")
+    save_network(network, tmp_path / "a.snn.safetensors")
+    again = load_network(tmp_path / "a.snn.safetensors")
     a, b = (endpoint(n, images(2), 9).charges["logits"] for n in (network, again))
     assert torch.equal(a, b)
 
@@ -77,7 +77,7 @@ def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(KeyboardInterrupt):
-        save(converted("residual").network, path)
+        save_network(converted("residual").network, path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_bytes() == b"the old one"
 
@@ -112,22 +112,22 @@ def rewritten(path: Path, change: object) -> Path:
 )
 def test_inconsistent_files_are_refused(change: object, message: str, tmp_path: Path) -> None:
     path = tmp_path / "a.snn.safetensors"
-    save(converted("residual").network, path)
+    save_network(converted("residual").network, path)
     with pytest.raises(CheckpointError, match=message) as raised:
-        load(rewritten(path, change))
+        load_network(rewritten(path, change))
     assert "other.snn.safetensors" in str(raised.value)
 
 
 def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.snn.safetensors"
-    save(converted("residual").network, path)
+    save_network(converted("residual").network, path)
     whole = path.read_bytes()
     for contents in (b"", b"junk" * 100, whole[: len(whole) // 2], whole[:-1]):
         path.write_bytes(contents)
         with pytest.raises(CheckpointError, match="damaged"):
-            load(path)
+            load_network(path)
     save_file({"weight": torch.zeros(3)}, path)
     with pytest.raises(CheckpointError, match="no spiking checkpoint"):
-        load(path)
+        load_network(path)
     with pytest.raises(CheckpointError, match="no such file"):
-        load(tmp_path / "none.snn.safetensors")
+        load_network(tmp_path / "none.snn.safetensors")

@@ -213,7 +213,7 @@ def test_an_interrupt_leaves_nothing_behind(
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("snnconv.convert.calibrate_", interrupt)
+    monkeypatch.setattr("snnconv.pipeline.calibrate_", interrupt)
     assert convert() == 130
     assert "interrupted" in capsys.readouterr().err
     assert list(own_folder.iterdir()) == []

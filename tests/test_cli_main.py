@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,16 +165,16 @@ def test_no_command_imports_torch_for_its_help(name: str) -> None:
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], ["--version"], []])
-def test_help_and_version_answer_at_once(args: list[str]) -> None:
-    command = [sys.executable, "-m", "snnconv.cli.main", *args]
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        seconds.append(time.perf_counter() - begun)
+def test_help_and_version_import_nothing_heavy(args: list[str]) -> None:
+    code = (
+        "import sys; from snnconv.cli.main import run; "
+        f"assert run({args!r}) == 0; assert not {{'torch', 'numpy', 'rich'}} & set(sys.modules)"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     expected = f"snnconv {__version__}" if "--version" in args else "Example: snnconv convert"
     assert done.stdout.startswith(expected)
-    assert min(seconds) < 0.5
 
 
 def test_the_group_lists_every_command_without_importing_it() -> None:
@@ -184,12 +183,6 @@ def test_the_group_lists_every_command_without_importing_it() -> None:
     for name, (_, short) in COMMANDS.items():
         assert name in text
         assert short in text
-
-
-def test_the_cli_reference_is_current() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
 
 
 def test_data_flag_then_environment_then_settings(

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from networks import PREPROCESSING, TwoOutputs, build
 from torch import Tensor, nn
 
-from snnconv.convert import convert
 from snnconv.errors import NotConvertibleError
 from snnconv.graph import trace
+from snnconv.pipeline import convert
 from snnconv.plan import ROLES, ConversionPlan, Neurons, Output, make_plan
 
 SIZE = PREPROCESSING.input_size

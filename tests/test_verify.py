@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from networks import NETWORKS, converted, images
 
-from snnconv.convert import Conversion, check_equal
 from snnconv.engine import endpoint
 from snnconv.errors import NotEqualError
 from snnconv.network import Population
+from snnconv.pipeline import Conversion, check_equal
 from snnconv.verify import Verification, verify
 
 

@@ -9,7 +9,7 @@ from networks import NETWORKS, PREPROCESSING, build, converted, images
 
 from snnconv.calibrate import calibrate_
 from snnconv.engine import endpoint
-from snnconv.fold import fold
+from snnconv.folding import fold
 from snnconv.graph import difference, flatten_outputs, trace
 from snnconv.normalize import integerize
 from snnconv.plan import make_plan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from snnconv.calibrate import calibrate_
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import NotEqualError, UsageError
-from snnconv.fold import fold
+from snnconv.folding import fold
 from snnconv.graph import Traced, trace
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize
