@@ -30,14 +30,16 @@ check: $(STAMP) ## check format, lint, types, generated docs, then test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
+	$(BIN)/python docs/generate_results.py --check
 	$(MAKE) test
 
 format: $(STAMP) ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
 
-docs: $(STAMP) ## write docs/cli.md anew
+docs: $(STAMP) ## write docs/cli.md, RESULTS.md and README's table anew
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_results.py
 
 clean: ## remove what the tools and the demo left behind (not .venv)
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

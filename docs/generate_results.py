@@ -1,0 +1,132 @@
+"""Write model_zoo/RESULTS.md and README's table from stored reports; --check: are they stale?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+REPORTS = ROOT / "model_zoo" / "results"
+RESULTS = ROOT / "model_zoo" / "RESULTS.md"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+SCHEDULES = ("paper", "drain", "stagger", "wait")
+
+HEAD = """# Results
+
+Written by `make docs` from the reports in [results](results); do not edit.
+
+Every row is one report. All were measured with snnconv on the images named, none was tuned on
+them. *Latency* is in time steps and assumes that spikes travel without delay within a step; in
+brackets, for clocked hardware with one step per hop. *Counts* is the share of spike counts that
+equal the quantised ANN's integers at the end of the run. Intervals are Wilson's at 95 %.
+"""
+
+
+def main(args: list[str]) -> int:
+    """Write the files, or with --check compare them; return the exit code."""
+    evaluations = _load("*.eval.json")
+    conversions = {c["checkpoint"]: c for c in _load("*.convert.json")}
+    readme = README.read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    table = _table(_COLUMNS, [e for e in evaluations if e["neuron"] == "signed"])
+    texts = {
+        RESULTS: _results(evaluations, conversions),
+        README: f"{before}{BEGIN}\n{table}{END}{after}",
+    }
+    stale = [p for p, text in texts.items() if not p.is_file() or p.read_text("utf-8") != text]
+    if "--check" in args:
+        for path in stale:
+            print(f"error: {path} is stale; run make docs", file=sys.stderr)
+        return int(bool(stale))
+    for path in stale:
+        path.write_text(texts[path], encoding="utf-8")
+    return 0
+
+
+def _load(pattern: str) -> list[dict[str, Any]]:
+    found = []
+    for path in sorted(REPORTS.glob(pattern)):
+        found.append({**json.loads(path.read_text(encoding="utf-8")), "report": path.name})
+    return sorted(found, key=_order)
+
+
+def _order(report: dict[str, Any]) -> tuple[Any, ...]:
+    model = report["model"]["name"] if isinstance(report["model"], dict) else report["model"]
+    return (
+        len(model), model, report["timesteps"], SCHEDULES.index(report["schedule"]),
+        report["neuron"], report["report"],
+    )  # fmt: skip
+
+
+def _percent(value: dict[str, Any] | None) -> str:
+    return "–" if value is None else f"{value['top1_percent']:.2f}"
+
+
+_COLUMNS = {
+    "model": lambda e: e["model"],
+    "T": lambda e: e["timesteps"],
+    "schedule": lambda e: e["schedule"],
+    "ANN %": lambda e: _percent(e["ann"]),
+    "QANN %": lambda e: _percent(e["qann"]),
+    "SNN %": lambda e: _percent(e["snn"]),
+    "counts %": lambda e: f"{e['agreement']['counts_percent']:.4g}",
+    "latency, steps": lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})",
+    "spikes per neuron": lambda e: f"{e['spikes']['per_neuron']:.2f}",
+    "negative %": lambda e: f"{e['spikes']['negative_percent']:.1f}",
+}
+
+_ALL_COLUMNS = {
+    **dict(list(_COLUMNS.items())[:3]),
+    "neuron": lambda e: e["neuron"],
+    **dict(list(_COLUMNS.items())[3:6]),
+    "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
+    **dict(list(_COLUMNS.items())[6:]),
+    "ms per image": lambda e: f"{e['wall_ms_per_image']:.1f}",
+    "report": lambda e: f"[json](results/{e['report']})",
+}
+
+
+def _table(columns: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(str(cell(row)) for cell in columns.values()) for row in rows]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def _results(evaluations: list[dict[str, Any]], conversions: dict[str, dict[str, Any]]) -> str:
+    parts = [HEAD]
+    for model in dict.fromkeys(e["model"] for e in evaluations):
+        rows = [e for e in evaluations if e["model"] == model]
+        made = dict.fromkeys(e["checkpoint"] for e in rows)
+        parts.append(f"## {model}\n\n{_table(_ALL_COLUMNS, rows)}")
+        parts += [_conversion(conversions[name]) for name in made]
+        parts.append(f"{_images(rows)}\n")
+        commands = "\n".join(e["command"] for e in rows)
+        parts.append(f"```sh\n# in model_zoo/results\n{commands}\n```\n")
+    return "\n".join(parts)
+
+
+def _conversion(report: dict[str, Any]) -> str:
+    calibration, checked = report["calibration"], report["verification"]
+    on = calibration["on"]
+    images = "no data" if on is None else f"{on['images']} {on['split']} images of {on['data']}"
+    return (
+        f"`{report['checkpoint']}`: clips by {calibration['method']} from {images}, seed "
+        f"{report['seed']}, {report['weight_bits']}-bit weights, no retraining; "
+        f"{checked['integers']:,} integers and {checked['sites']} layers and maps verified; "
+        f"{report['seconds']:.0f} s.\n"
+    )
+
+
+def _images(rows: list[dict[str, Any]]) -> str:
+    """Say which images, and on what machine, the rows were measured."""
+    sets = sorted({f"{e['images']:,} {e['split']} images of {e['data']}" for e in rows})
+    places = sorted({f"{e['device']}, {e['threads']} threads, {e['engine']} engine" for e in rows})
+    return f"Measured on {'; '.join(sets)} ({'; '.join(places)})."
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
