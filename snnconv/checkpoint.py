@@ -2,11 +2,14 @@
 
 One safetensors file holds the whole network: its graph and settings as JSON in the metadata, its
 integers, row units and clips as tensors. The scale sigma of a synapse is its row unit times
-`2^shift`. Loading needs nothing else: no timm model code, no original checkpoint, no pickle.
+`2^shift`. Loading needs nothing else: no timm model code, no original checkpoint, no pickle. A hash
+over all of it tells damage; shapes, types and ranges are checked besides, for a hash is no proof of
+good faith.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -16,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnconv.errors import CheckpointError, SnnconvError, UsageError
-from snnconv.network import Image, Node, Population, Readout, SpikingNetwork, Synapse
+from snnconv.errors import CheckpointError, UsageError
+from snnconv.network import (
+    Image,
+    Node,
+    Population,
+    Readout,
+    SpikingNetwork,
+    Synapse,
+    check_shapes,
+)
 from snnconv.neuron import INITIAL_MEMBRANES, NEURONS
 from snnconv.ops import Pool
 from snnconv.plan import Relay
@@ -38,6 +49,7 @@ SETTINGS = (
     "provenance",
 )
 _KEY = "snnconv"
+_HASH = "content_sha256"
 _RELAYS = {
     "max_pool": {"kernel", "stride", "padding", "dilation", "ceil_mode"},
     "sum_pool": {"pool"},
@@ -53,9 +65,9 @@ _SYNAPSES = {
 }
 
 
-def save_network(network: SpikingNetwork, path: Path) -> None:
+def save_network(network: SpikingNetwork, path: Path, *, replace: bool = True) -> None:
     """Write a network; the file appears whole or not at all, and the same network gives the same
-    bytes.
+    bytes. Raises UsageError if the file is there and not to be replaced.
     """
     from safetensors.torch import save as to_bytes
 
@@ -66,13 +78,30 @@ def save_network(network: SpikingNetwork, path: Path) -> None:
         "preprocessing": network.preprocessing.to_dict(),
         **{key: getattr(network, key) for key in SETTINGS},
     }
-    text = json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = _canonical({**header, _HASH: _content_hash(header, tensors)})
     contents = to_bytes({k: v.contiguous() for k, v in tensors.items()}, {_KEY: text})
-    write_atomically(path, contents)
+    write_atomically(path, contents, replace=replace)
 
 
-def write_atomically(path: Path, contents: bytes) -> None:
-    """Write a file beside its place and move it there when it is complete."""
+def _canonical(header: dict[str, Any]) -> str:
+    return json.dumps(header, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _content_hash(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return a hash over the header, without its own entry, and all tensors with their names."""
+    digest = hashlib.sha256(_canonical({k: v for k, v in header.items() if k != _HASH}).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, contents: bytes, *, replace: bool = True) -> None:
+    """Write a file beside its place and move it there when it is complete.
+
+    Without `replace` a file that has appeared meanwhile stays, and UsageError is raised.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -80,6 +109,8 @@ def write_atomically(path: Path, contents: bytes) -> None:
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
+        if not replace and os.path.lexists(path):
+            raise UsageError(f"{path} has appeared meanwhile, from another run; it was kept")
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
@@ -94,6 +125,8 @@ def load_network(path: Path) -> SpikingNetwork:
     """
     from safetensors import SafetensorError, safe_open
 
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; name a spiking checkpoint in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
@@ -109,21 +142,36 @@ def load_network(path: Path) -> SpikingNetwork:
             f"{path} is damaged or no spiking checkpoint ({error}); convert the network again"
         ) from error
     try:
-        header = json.loads(metadata[_KEY])
+        header = json.loads(metadata[_KEY], object_pairs_hook=_without_duplicates)
         found = header["format"]
-        if found != FORMAT:
+        if not isinstance(found, int) or found != FORMAT:
             raise CheckpointError(
                 f"{path} has format {found}, this snnconv reads format {FORMAT}; "
-                + ("update snnconv" if found > FORMAT else "convert the network again")
+                + ("update snnconv" if str(found) > str(FORMAT) else "convert the network again")
+            )
+        if header[_HASH] != _content_hash(header, tensors):
+            raise CheckpointError(
+                f"{path} is damaged: its contents do not have the hash it states; convert the "
+                "network again"
             )
         return _from_header(header, tensors)
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SnnconvError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else str(error)
+    except Exception as error:  # a file may be wrong in any way there is
+        what = f"no {error}" if isinstance(error, KeyError) else _first_line(error)
         raise CheckpointError(
             f"{path} is inconsistent: {what}; convert the network again"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return dict(pairs)
 
 
 def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
@@ -152,6 +200,10 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingN
         **{key: header[key] for key in SETTINGS},
     )
     network.timetable()
+    for name, kind in (("model", dict), ("provenance", dict), ("weight_bits", int)):
+        if not isinstance(getattr(network, name), kind):
+            raise ValueError(f"{name} is no {kind.__name__}")
+    check_shapes(network)
     return network
 
 
@@ -242,10 +294,12 @@ def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
     if not branches:
         raise ValueError(f"{name} has no synapses")
     if kind == "readout":
-        return Readout(name, branches, bias, shape, entry["depth"], float(entry["unit"]))
+        return Readout(name, branches, bias, shape, entry["depth"], _positive(entry["unit"]))
     threshold = _tensor(tensors, f"{name}/threshold", torch.int32, len(bias))
     if int(threshold.min()) < 1:
         raise ValueError(f"{name} has thresholds below 1")
+    if not isinstance(entry["two_sided"], bool):
+        raise ValueError(f"{name}: two_sided is no truth value")
     return Population(
         name,
         entry["path"],
@@ -255,8 +309,8 @@ def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
         shape,
         entry["two_sided"],
         entry["depth"],
-        _tensor(tensors, f"{name}/row_unit", torch.float64, len(bias)),
-        _tensor(tensors, f"{name}/clip", torch.float64, len(bias)),
+        _positive(_tensor(tensors, f"{name}/row_unit", torch.float64, len(bias))),
+        _positive(_tensor(tensors, f"{name}/clip", torch.float64, len(bias))),
     )
 
 
@@ -274,6 +328,13 @@ def _synapse_from_json(
         raise ValueError(f"{prefix}.shift is out of range")
     pools = tuple(_pool(p) for p in entry["pools"])
     return Synapse(entry["source"], tuple(entry["key"]), kind, weight, shift, attributes, pools)
+
+
+def _positive(value: Any) -> Any:
+    numbers = torch.as_tensor(value, dtype=torch.float64)
+    if not bool((numbers.isfinite() & (numbers > 0)).all()):
+        raise ValueError("a unit or clip is not positive and finite")
+    return value
 
 
 def _tensor(

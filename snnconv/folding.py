@@ -40,10 +40,11 @@ class _Folder:
     def layer(self, node: Neurons | Output) -> Layer:
         site = self.fx[node.site]
         keys = {t.key for t in node.terms}
-        channels = self.channels(site)
+        direct = (f"{node.name}:0",) in keys
+        channels = self.traced.shapes[site.name][0] if direct else self.channels(site)
         branches = [self.branch(t, channels) for t in node.terms]
         bias = torch.zeros(channels, dtype=torch.float64)
-        if (f"{node.name}:0",) not in keys:
+        if not direct:
             bias = bias + self.bias(site, (), keys)
         if isinstance(node, Output):
             return Layer(node.name, node.name, branches, bias, node.shape, readout=True)

@@ -8,6 +8,7 @@ network is a node of its own, at each place it is called.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -62,10 +63,10 @@ class _Tracer(fx.Tracer):
 def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
     """Return a copy of the model in which no leaf hides an activation.
 
-    timm's `BatchNormAct2d` becomes `Sequential(norm, drop, act)` over the same parameters, and
-    VGG's `ConvMlp` the layers it runs on a batch like `example`.
+    timm's `BatchNormAct2d` becomes `Sequential(norm, drop, act)` over the same parameters, VGG's
+    `ConvMlp` the layers it runs on a batch like `example`, and timm's `Linear` torch's.
     """
-    from timm.layers import BatchNormAct2d
+    from timm.layers import BatchNormAct2d, Linear
     from timm.models.vgg import ConvMlp
 
     model = copy.deepcopy(model)
@@ -77,7 +78,7 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
     ]
     if hooks:
         with torch.no_grad():
-            model(example)
+            model(example.clone())
     for hook in hooks:
         hook.remove()
     for path, module in list(model.named_modules()):
@@ -85,6 +86,8 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
             parts = _batch_norm_parts(module)
         elif type(module) is ConvMlp and module in sizes:
             parts = _conv_mlp_parts(module, sizes[module])
+        elif type(module) is Linear:
+            parts = OrderedDict(linear=_plain_linear(module))
         else:
             continue
         replacement = nn.Sequential(parts).train(module.training)
@@ -99,6 +102,12 @@ def _batch_norm_parts(module: Any) -> OrderedDict[str, nn.Module]:
     norm.weight, norm.bias = module.weight, module.bias
     norm.running_mean, norm.running_var = module.running_mean, module.running_var
     return OrderedDict(norm=norm, drop=module.drop, act=module.act)
+
+
+def _plain_linear(module: nn.Linear) -> nn.Linear:
+    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    plain.weight, plain.bias = module.weight, module.bias
+    return plain
 
 
 def _conv_mlp_parts(module: Any, size: tuple[int, int]) -> OrderedDict[str, nn.Module]:
@@ -159,7 +168,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
     example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
-            expected = flatten_outputs(model(example))
+            expected = flatten_outputs(model(example.clone()))
     except Exception as error:
         size = "x".join(map(str, input_size))
         raise NotConvertibleError(
@@ -167,7 +176,9 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
         ) from error
     try:
         expanded = expand_leaves(model, example).float()
-        graph = _Tracer().trace(expanded)
+        graph = _Tracer().trace(expanded, _defaults(expanded))
+        for placeholder in [n for n in graph.nodes if n.op == "placeholder"][1:]:
+            _erase(placeholder)
         traced = fx.GraphModule(expanded, graph)
     except Exception as error:
         raise NotConvertibleError(
@@ -178,10 +189,10 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
     traced.recompile()
     shapes = _Shapes(traced)
     with torch.no_grad():
-        shapes.run(example)
+        shapes.run(example.clone())
         if _write_out_means(traced, shapes.shapes):
             shapes = _Shapes(traced)
-        outputs = flatten_outputs(shapes.run(example))
+        outputs = flatten_outputs(shapes.run(example.clone()))
     if set(outputs) != set(expected):
         raise NotConvertibleError("the traced network has other outputs than the model")
     for name, output in outputs.items():
@@ -191,6 +202,19 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
                 "runs outside what torch.fx sees"
             )
     return Traced(traced, shapes.shapes, tuple(input_size), example)
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Return the default of every argument of forward() but the first, which is the image."""
+    parameters = list(inspect.signature(model.forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+def _erase(node: fx.Node) -> None:
+    """Erase an argument that has been replaced by its default, and the assertions about it."""
+    for user in list(node.users):
+        _erase(user)
+    node.graph.erase_node(node)
 
 
 def flatten_outputs(output: Any) -> dict[str, Any]:

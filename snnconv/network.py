@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnconv.ops import Pool
+from snnconv.ops import Pool, sum_pool
 from snnconv.plan import Key, Relay
 from snnconv.preprocess import Preprocessing
-from snnconv.quant import reads
+from snnconv.quant import apply_weight, reads, relay
 from snnconv.schedule import Schedule
 
 
@@ -193,12 +193,65 @@ def membrane_bound(
     node: Population | Readout, limits: dict[str, tuple[int, int]], timesteps: int
 ) -> int:
     """Return a bound on the magnitude of every partial sum of a membrane (method.md, 4.4)."""
-    total = timesteps * node.bias.long().abs()
+    total = timesteps * node.bias.double().abs()
     for synapse in node.branches:
-        total = total + (charge_bounds(synapse, *limits[synapse.source]) << synapse.shift.long())
+        bounds = charge_bounds(synapse, *limits[synapse.source]).double()
+        total = total + bounds * torch.exp2(synapse.shift.double())
     if isinstance(node, Population):
-        total = total + (timesteps + 1) * node.threshold.long()
+        total = total + (timesteps + 1) * node.threshold.double()
     return int(total.max())
+
+
+def check_shapes(network: SpikingNetwork) -> None:
+    """Raise ValueError or RuntimeError unless shapes, windows and depths fit together.
+
+    The network is run on tensors without contents, so that absurd sizes cost nothing.
+    """
+    values: dict[str, Tensor] = {}
+    depth = depths(list(network.nodes))
+    for node in network.nodes:
+        if isinstance(node, Image):
+            channels = network.preprocessing.input_size[0]
+            if tuple(node.shape) != tuple(network.preprocessing.input_size):
+                raise ValueError(f"{node.name}: {node.shape} is not the size of an image")
+            zeros = [z for z in node.zero_point if isinstance(z, int) and 0 <= z <= 255]
+            if len(zeros) != channels or len(node.zero_point) != channels:
+                raise ValueError(f"{node.name}: zero points {node.zero_point}")
+            value = torch.empty(1, *node.shape, device="meta")
+        elif isinstance(node, Relay):
+            inputs = [values[name] for name in node.inputs]
+            if node.op == "sum_pool":
+                _check_windows(node.name, node.attributes["pool"], inputs[0])
+            value = relay(node, inputs, 0)
+        else:
+            parts = [_current_of(node.name, s, values[s.source]) for s in node.branches]
+            if len({p.shape for p in parts}) != 1 or parts[0].shape[1] != len(node.bias):
+                raise ValueError(f"{node.name}: its synapses give {[p.shape for p in parts]}")
+            if node.depth != depth[node.name]:
+                raise ValueError(f"{node.name}: its depth is {depth[node.name]}")
+            value = parts[0]
+        if value.numel() != math.prod(node.shape) or (
+            not isinstance(node, Readout) and tuple(value.shape[1:]) != tuple(node.shape)
+        ):
+            raise ValueError(f"{node.name}: shape {list(value.shape[1:])} is not {node.shape}")
+        values[node.name] = value
+
+
+def _current_of(name: str, synapse: Synapse, x: Tensor) -> Tensor:
+    if synapse.kind == "scale" and x.shape[1] != len(synapse.weight):
+        raise ValueError(f"{name}: {len(synapse.weight)} weights for {x.shape[1]} channels")
+    weight = torch.empty(synapse.weight.shape, device="meta")
+    current = apply_weight(synapse.kind, synapse.attributes, weight, x)
+    for pool in synapse.pools:
+        _check_windows(name, pool, current)
+        current = sum_pool(current, pool)
+    return current
+
+
+def _check_windows(name: str, pool: Pool, x: Tensor) -> None:
+    for windows, length in zip((pool.h, pool.w), x.shape[2:], strict=True):
+        if not windows or not all(0 <= a < b <= length and size > 0 for a, b, size in windows):
+            raise ValueError(f"{name}: pooling windows outside of {length} pixels")
 
 
 def depths(nodes: list[Any]) -> dict[str, int]:

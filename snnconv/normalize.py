@@ -102,13 +102,11 @@ def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Ten
         return worth[kept], constant[kept]
     if node.op == "pad" and node.shape[0] != len(worth):
         before = node.attributes["padding"][4]
-        grown = (
-            torch.ones(node.shape[0], dtype=torch.float64),
-            torch.zeros(node.shape[0], dtype=torch.float64),
-        )
+        # Channels of padding are always zero: so are their weights, which else would set a scale.
+        grown = torch.zeros(2, node.shape[0], dtype=torch.float64).unbind()
         for target, part in zip(grown, (worth, constant), strict=True):
             target[before : before + len(part)] = part
-        return grown
+        return grown[0], grown[1]
     if node.op == "flatten":
         pixels = node.shape[0] // len(worth)
         return worth.repeat_interleave(pixels), constant.repeat_interleave(pixels)

@@ -6,6 +6,7 @@ the same `Operation`. What is not known here is `unsupported`, with the reason a
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -93,6 +94,8 @@ def _same_border(
 
 def _activation(x: fx.Node, low: Any, high: Any) -> Operation:
     """Return the neuron that `clamp(x, low, high)` is."""
+    if not all(v is None or isinstance(v, (int, float)) for v in (low, high)):
+        return unsupported("clamp to bounds that are computed", "clamp to constants")
     if low == 0 and (high is None or high > 0):
         return Operation("activation", (x,), {"two_sided": False, "cap": high and float(high)})
     if low is not None and high is not None and low == -high and high > 0:
@@ -149,7 +152,7 @@ def _module(m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Oper
             m.stride,
             border,
             m.ceil_mode,
-            m.count_include_pad,
+            m.count_include_pad or kind is AvgPool2dSame,  # timm's pads beforehand
             m.divisor_override,
         )
     if kind is nn.AdaptiveAvgPool2d:
@@ -358,7 +361,7 @@ def _function(
     if name == "flatten":
         return _flatten(inputs, shape, arg(1, "start_dim", 0), arg(2, "end_dim", -1))
     if name == "reshape":
-        if len(traced.shapes[node.name]) == 1:
+        if traced.shapes[node.name] == (math.prod(shape),):
             return Operation("flatten", inputs)
         return unsupported("a reshape other than flattening all axes but the batch")
     if name == "pad":
@@ -372,6 +375,8 @@ def _function(
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:
     operands: Any = node.args[:2]
+    if len(inputs) == 1 and 0 in operands:
+        return Operation("identity", inputs)  # Python's sum() begins with 0
     if node.kwargs.get("alpha", 1) != 1:
         return unsupported("add with alpha", "scale the weights instead")
     if len(operands) != 2 or not all(isinstance(o, fx.Node) for o in operands):
@@ -395,5 +400,6 @@ def _slice(node: fx.Node, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -
     bounds = [v for i in items for v in (i.start, i.stop, i.step)]
     if items[0] != whole or any(isinstance(b, (fx.Node, Tensor)) for b in bounds):
         return unsupported(f"slicing with {index}", "slice channels and pixels by constant bounds")
-    slices = [list(s.indices(n)) for s, n in zip(items[1:], shape, strict=False)]
+    items = (*items, *[whole] * (len(shape) + 1 - len(items)))
+    slices = [list(s.indices(n)) for s, n in zip(items[1:], shape, strict=True)]
     return Operation("slice", inputs, {"slices": slices})

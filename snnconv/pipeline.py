@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
 from snnconv.engine import endpoint, simulate
-from snnconv.errors import NotEqualError, UsageError
+from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
-from snnconv.graph import Traced, trace
+from snnconv.graph import TRACE_TOLERANCE, Traced, difference, flatten_outputs, trace
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize
 from snnconv.plan import ConversionPlan, make_plan
@@ -61,12 +61,30 @@ def convert(
     traced = trace(model, preprocessing.input_size)
     plan = make_plan(traced)
     qann = fold(traced, plan)
+    _check_fold(traced, qann)
     progress("trace", 1, 1)
     batches = None if images is None else (preprocessing.normalize(p) for p in images)
     calibrate_(qann, batches, timesteps, calibration)
     settings["provenance"] = {**settings.get("provenance", {}), "plan": plan.to_dict()}
     network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
     return Conversion(traced, plan, qann, network)
+
+
+def _check_fold(traced: Traced, qann: Qann) -> None:
+    """Raise NotConvertibleError unless the folded network computes what the traced one does.
+
+    Differences come from tensors that are changed in place while others still read them.
+    """
+    with torch.no_grad():
+        expected = flatten_outputs(traced.module(traced.example.clone()))
+        actual = qann(traced.example)
+    for name, output in expected.items():
+        found = actual[name].reshape(output.shape)
+        if not difference(found, output) <= TRACE_TOLERANCE:
+            raise NotConvertibleError(
+                f"the folded network computes another {name} than the model: a tensor is changed "
+                "in place (inplace=True, +=) while another layer still reads it; write it anew"
+            )
 
 
 def check_equal(

@@ -9,6 +9,7 @@ for every node, its role with reason and remedy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -21,7 +22,7 @@ from snnconv.graph import Traced, flatten_outputs
 from snnconv.operations import Operation, describe
 from snnconv.ops import Pool
 
-ROLES = ("synapse", "neuron", "exact", "folded", "removed", "unsupported")
+ROLES = ("synapse", "neuron", "exact", "folded", "removed", "unsupported", "unexamined")
 
 Key = tuple[str, ...]
 
@@ -212,7 +213,7 @@ class _Planner:
             elif operation.kind == "shape":
                 value = None
             elif any(isinstance(v, _Unknown) for v in self.read(operation)):
-                self.note(node, "removed", "not examined: it reads an unsupported result")
+                self.note(node, "unexamined", "it reads an unsupported result")
                 value = _Unknown()
             else:
                 value = getattr(self, operation.kind)(node, operation)
@@ -233,16 +234,26 @@ class _Planner:
                 needed.update(inputs_of(node))
         return [n for n in self.nodes if n.name in needed]
 
-    def note(
-        self, node: fx.Node, role: str, reason: str = "", remedy: str = "", macs: int = 0
-    ) -> None:
+    def note(self, node: fx.Node, role: str, reason: str = "", remedy: str = "") -> None:
         name = node.target if isinstance(node.target, str) else node.name
         if node.op == "call_module":
             name = type(self.traced.module.get_submodule(str(node.target))).__name__
         elif node.op == "call_function":
             name = getattr(node.target, "__name__", str(node.target))
         path = self.traced.path(node)
+        macs = self.macs(node)
+        if role == "synapse" and not macs:
+            macs = _size(self.shapes[node.name])
         self.entries.append(Entry(node.name, path, name, role, reason, remedy, macs))
+
+    def macs(self, node: fx.Node) -> int:
+        """Return the multiply-accumulates of a convolution or linear layer, else 0."""
+        if node.op != "call_module" or node.name not in self.shapes:
+            return 0
+        module = self.traced.module.get_submodule(str(node.target))
+        if not isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            return 0
+        return module.weight.numel() * _size(self.shapes[node.name]) // len(module.weight)
 
     def current(self, node: fx.Node, terms: tuple[Term, ...]) -> _Current:
         return _Current(terms, node.name, self.shapes[node.name])
@@ -310,11 +321,7 @@ class _Planner:
     def conv(self, node: fx.Node, operation: Operation) -> _Value:
         (value,) = self.read(operation)
         counts = self.materialize(value, "a weighted layer follows a current: T signed levels")
-        weight: torch.Tensor = operation.module.weight
-        pixels = 1
-        for n in self.shapes[node.name][1:]:
-            pixels *= n
-        self.note(node, "synapse", macs=weight.numel() * pixels)
+        self.note(node, "synapse")
         return self.current(node, (Term(counts.node, (node.name,)),))
 
     linear = conv
@@ -331,7 +338,7 @@ class _Planner:
             terms = tuple(t.then(node.name) for t in value.terms)
             return replace(value, terms=terms, site=node.name)
         assert isinstance(value, _Counts)
-        self.note(node, "synapse", "one weight per channel", macs=_size(self.shapes[node.name]))
+        self.note(node, "synapse", "one weight per channel")
         return self.current(node, (Term(value.node, (node.name,)),))
 
     def activation(self, node: fx.Node, operation: Operation) -> _Value:
@@ -433,10 +440,7 @@ def _gains_positive(operation: Operation) -> bool:
 
 
 def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size
+    return math.prod(shape)
 
 
 def inputs_of(node: PlanNode) -> Iterator[str]:

@@ -21,7 +21,7 @@ from torch.func import functional_call
 
 from snnconv.errors import NotEqualError
 from snnconv.graph import Traced
-from snnconv.network import Population, Readout, SpikingNetwork, Synapse
+from snnconv.network import Image, Population, Readout, SpikingNetwork, Synapse
 from snnconv.plan import ConversionPlan, Key, Neurons, Output
 from snnconv.quant import Qann
 
@@ -115,14 +115,13 @@ class _Oracle:
         planned = [n for n in plan.nodes if isinstance(n, (Neurons, Output))]
         self.neurons = [n for n in planned if isinstance(n, Neurons)]
         self.outputs = [n for n in planned if isinstance(n, Output)]
+        # The fx node each population stands at: its activation, or the current it was put behind.
+        self.fired = {(n.name if n.name in self.fx else n.site): n for n in self.neurons}
         self.values: dict[str, Any] = {}
 
     def run(self, pixels: Tensor) -> Iterator[tuple[str, Tensor | str, str]]:
         """Yield (where, expected integers or what is missing, name in the network)."""
-        fired = {}
-        for neurons in self.neurons:
-            put_in = neurons.name not in self.fx
-            fired[neurons.site if put_in else neurons.name] = neurons
+        fired = self.fired
         for node in self.module.graph.nodes:
             if node.op == "output":
                 continue
@@ -140,7 +139,7 @@ class _Oracle:
             else:
                 continue
             name = self.plan.sites.get(node.name)
-            if name is not None and name in self.nodes and node.op != "placeholder":
+            if name in self.nodes and not isinstance(self.nodes[name], Image):
                 yield self.traced.path(node), self.values[node.name], name
         for output in self.outputs:
             try:
@@ -299,6 +298,7 @@ def _spread(vector: Tensor | int, like: Tensor) -> Tensor | int:
 def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
     """Hold every stored integer against the float it stands for."""
     worths = _worths(oracle)
+    carriers = _image_carriers(oracle.network)
     problems: list[str] = []
     compared = 0
     everything: list[Neurons | Output] = [*oracle.neurons, *oracle.outputs]
@@ -309,9 +309,11 @@ def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
         unit = torch.as_tensor(
             node.row_unit if isinstance(node, Population) else node.unit, dtype=torch.float64
         ).expand(len(node.bias))
+        eight = isinstance(node, Readout) or any(s.source in carriers for s in node.branches)
+        bits = 8 if eight else oracle.network.weight_bits
         for synapse in node.branches:
             compared += synapse.weight.numel()
-            if bad := _wrong_weights(oracle, synapse, unit, worths):
+            if bad := _wrong_weights(oracle, synapse, unit, worths, bits):
                 problems.append(f"{path}: {bad} weights from {synapse.source} are not the ANN's")
         bias = _bias(oracle, planned, {s.key for s in node.branches})
         vectors = [("biases", node.bias, bias)]
@@ -327,6 +329,55 @@ def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
     return problems, compared
 
 
+def _image_carriers(network: SpikingNetwork) -> set[str]:
+    """Return the nodes that carry pixels: what reads them has 8-bit weights."""
+    names: set[str] = set()
+    for node in network.nodes:
+        if isinstance(node, Image) or names & set(getattr(node, "inputs", ())):
+            names.add(node.name)
+    return names
+
+
+def _constant(oracle: _Oracle, node: fx.Node) -> Tensor | None:
+    """Return per channel what the value is when its counts are zero, `[C]`; None for neurons.
+
+    Only images have such a part: their integers are pixels minus a rounded mean.
+    """
+    plane = _constant_plane(oracle, node)
+    if plane is None or plane.ndim == 2:
+        return None if plane is None else plane[0]
+    # Padding adds zeros at the border; the constant is that of the inside.
+    flat = plane[0].flatten(1)
+    return flat.gather(1, flat.abs().argmax(1, keepdim=True))[:, 0]
+
+
+def _constant_plane(oracle: _Oracle, node: fx.Node) -> Tensor | None:
+    if node.op == "placeholder":
+        preprocessing = oracle.network.preprocessing
+        pixel = torch.tensor(preprocessing.zero_point, dtype=torch.uint8).view(1, -1, 1, 1)
+        shape = (1, *oracle.traced.shapes[node.name])
+        return preprocessing.normalize(pixel, torch.float64).expand(shape)
+    if node.name in oracle.fired or node.target in ADDITIONS:
+        return None
+    module = oracle.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(module, (nn.Conv2d, nn.Linear, nn.modules.batchnorm._NormBase)):
+        return None
+    sources = [n for n in node.all_input_nodes if oracle.has_shape(n)]
+    planes = {n.name: _constant_plane(oracle, n) for n in sources}
+    if all(p is None for p in planes.values()):
+        return None
+
+    def value(argument: fx.Node) -> Any:
+        plane = planes.get(argument.name)
+        shape = oracle.traced.shapes.get(argument.name)
+        if plane is None and shape is not None:
+            return torch.zeros(1, *shape, dtype=torch.float64)
+        return plane if plane is not None else oracle.counts(argument)
+
+    result = oracle.apply(node, value)
+    return result if isinstance(result, Tensor) else None
+
+
 def _worths(oracle: _Oracle) -> dict[str, Tensor]:
     """Return what one count of every fx node that carries counts is worth, `[1, C, ...]`.
 
@@ -334,7 +385,7 @@ def _worths(oracle: _Oracle) -> dict[str, Tensor]:
     """
     worths: dict[str, Tensor] = {}
     by_node: dict[str, Tensor] = {}
-    fired = {(n.name if n.name in oracle.fx else n.site): n for n in oracle.neurons}
+    fired = oracle.fired
     for node in oracle.module.graph.nodes:
         if node.op == "output":
             continue
@@ -371,7 +422,7 @@ def _worth(oracle: _Oracle, worths: dict[str, Tensor], node: fx.Node) -> Any:
 
 
 def _wrong_weights(
-    oracle: _Oracle, synapse: Synapse, unit: Tensor, worths: dict[str, Tensor]
+    oracle: _Oracle, synapse: Synapse, unit: Tensor, worths: dict[str, Tensor], bits: int
 ) -> int:
     """Count the weights of a synapse that are not the nearest integers of the ANN's."""
     first, *rest = synapse.key
@@ -409,7 +460,7 @@ def _wrong_weights(
     integers = synapse.weight.double()
     away = (integers - floats / row).abs() - FOLDING * integers.abs()
     if synapse.kind != "scale":
-        top = 2 ** (oracle.network.weight_bits - 1) - 1
+        top = 2 ** (bits - 1) - 1
         clipped = (integers.abs() >= top) & (floats / row * integers.sign() > integers.abs())
         away = torch.where(clipped, torch.zeros_like(away), away)
     # Channels that are always zero (option A) may have any weight.
@@ -426,8 +477,11 @@ def _affine(norm: nn.Module, x: Tensor) -> Tensor:
 def _bias(oracle: _Oracle, planned: Neurons | Output, keys: set[Key]) -> Tensor:
     """Return the float bias of every row: the current when nothing has spiked, `[C]`."""
     rows = len(oracle.nodes[planned.name].bias)  # type: ignore[union-attr]
+    site = oracle.fx[planned.site]
     if (f"{planned.name}:0",) in keys:
-        return torch.zeros(rows, dtype=torch.float64)
+        on_counts = isinstance(planned, Neurons) and site.name == planned.name
+        constant = _constant(oracle, oracle.inputs(site)[0] if on_counts else site)
+        return torch.zeros(rows, dtype=torch.float64) if constant is None else constant
     return _silent(oracle, oracle.fx[planned.site], (), keys, rows)
 
 
@@ -439,24 +493,25 @@ def _silent(oracle: _Oracle, node: fx.Node, trail: Key, keys: set[Key], rows: in
             here = (f"{node.name}:{i}", *trail)
             if here not in keys:
                 total = total + _silent(oracle, operand, here, keys, rows)
+            elif (constant := _constant(oracle, operand)) is not None:
+                total = total + constant
         return total
     module = oracle.module.get_submodule(str(node.target)) if node.op == "call_module" else None
     here = (node.name, *trail)
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         bias = nothing if module.bias is None else module.bias.detach()
-        source = oracle.inputs(node)[0]
-        if source.op == "placeholder":
-            preprocessing = oracle.network.preprocessing
-            pixel = torch.tensor(preprocessing.zero_point, dtype=torch.uint8).view(1, -1, 1, 1)
-            constant = preprocessing.normalize(pixel, torch.float64).flatten()
-            weight = module.weight.detach().flatten(2).sum(2)
+        constant = _constant(oracle, oracle.inputs(node)[0])
+        if constant is not None:
+            weight = module.weight.detach()
+            weight = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
             groups = getattr(module, "groups", 1)
             constant = constant.view(groups, -1).repeat_interleave(len(weight) // groups, 0)
             bias = bias + (weight * constant).sum(1)
         return bias
     if isinstance(module, nn.modules.batchnorm._NormBase):
         if here in keys:
-            return _affine(module, nothing)
+            constant = _constant(oracle, oracle.inputs(node)[0])
+            return _affine(module, nothing if constant is None else constant)
         return _affine(module, _silent(oracle, oracle.inputs(node)[0], here, keys, rows))
     if node.name in _pools(oracle.fx, oracle.module):
         return _silent(oracle, oracle.inputs(node)[0], here, keys, rows)

@@ -13,6 +13,7 @@ from networks import NETWORKS, converted, images
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from snnconv import checkpoint
 from snnconv.checkpoint import load_network, save_network
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import CheckpointError
@@ -88,6 +89,7 @@ def rewritten(path: Path, change: object) -> Path:
         header = json.loads(file.metadata()["snnconv"])
         tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
     change(header, tensors)  # type: ignore[operator]
+    header["content_sha256"] = checkpoint._content_hash(header, tensors)
     other = path.with_name("other.snn.safetensors")
     save_file(tensors, other, {"snnconv": json.dumps(header)})
     return other

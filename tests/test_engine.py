@@ -11,7 +11,7 @@ from networks import NETWORKS, converted, images
 
 from snnconv.engine import Trace, counts, endpoint, simulate
 from snnconv.engine.linear import exact_dtype
-from snnconv.errors import UsageError
+from snnconv.errors import SnnconvError, UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import with_settings
 
@@ -144,7 +144,7 @@ def test_a_planted_mistake_is_noticed() -> None:
 def test_large_integers_take_a_wider_type() -> None:
     assert exact_dtype(2**24 - 1) == torch.float32
     assert exact_dtype(2**24) == torch.float64
-    with pytest.raises(OverflowError):
+    with pytest.raises(SnnconvError, match="smaller --timesteps"):
         exact_dtype(2**53)
 
 

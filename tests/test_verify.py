@@ -117,6 +117,28 @@ def test_a_mutation_is_caught_and_its_layer_named(
     assert raised.value.exit_code == 3
 
 
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("which", ["stem", "readout", "middle"])
+def test_a_changed_weight_is_caught_at_any_bits(which: str, bits: int) -> None:
+    conversion = converted("residual", 0, weight_bits=bits)
+    network = conversion.network
+    target = {"stem": network.populations[0], "readout": network.readouts[0]}.get(
+        which, network.populations[2]
+    )
+    weight = target.branches[0].weight.clone()
+    # The largest weight of a row that has one, moved towards zero.
+    row = int(weight.flatten(1).long().abs().amax(1).argmax())
+    place = int(weight[row].long().abs().argmax())
+    value = int(weight[row].view(-1)[place])
+    weight[row].view(-1)[place] = value - (1 if value > 0 else -1)
+    branch = replace(target.branches[0], weight=weight)
+    nodes = tuple(
+        replace(n, branches=(branch, *n.branches[1:])) if n is target else n for n in network.nodes
+    )
+    changed = replace(conversion, network=replace(network, nodes=nodes))
+    assert not verified(changed).equal
+
+
 def test_an_engine_that_computes_something_else_is_caught() -> None:
     conversion = converted("residual", 0)
     pixels = images(3, 7)

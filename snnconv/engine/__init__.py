@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snnconv.engine import counts, reference
 from snnconv.engine.counts import endpoint
-from snnconv.engine.trace import Endpoint, Trace
+from snnconv.engine.trace import Endpoint, Trace, check_size
 from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.schedule import Schedule
@@ -40,10 +40,5 @@ def simulate(
         raise UsageError(
             f"the schedule is for depth {schedule.depth}, the network has {network.depth}"
         )
-    expected = network.preprocessing.input_size
-    if tuple(pixels.shape[1:]) != tuple(expected):
-        raise UsageError(
-            f"the network takes images of {'x'.join(map(str, expected))}, "
-            f"not {'x'.join(map(str, pixels.shape[1:]))}"
-        )
+    check_size(network, pixels)
     return ENGINES[engine](network, pixels, schedule)

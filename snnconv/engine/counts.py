@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
-from snnconv.engine.trace import Endpoint, Trace
+from snnconv.engine.trace import Endpoint, Trace, check_size
 from snnconv.network import Image, Population, Readout, SpikingNetwork, count_dtype
 from snnconv.neuron import initial_membrane
 from snnconv.ops import per_channel
@@ -37,8 +37,7 @@ BLOCK_NUMBERS = 2**22
 def run(network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> Trace:
     """Simulate uint8 images `[N, C, H, W]` under a schedule."""
     prepared = _prepare(network, schedule.timesteps, pixels.device)
-    largest = max((torch.Size(p.shape).numel() for p in network.populations), default=1)
-    size = max(1, BLOCK_NUMBERS // (min(BLOCK_STEPS, schedule.timesteps) * largest))
+    size = _chunk(network, min(BLOCK_STEPS, schedule.timesteps))
     with exact_arithmetic():
         parts = [_Simulation(prepared, part, schedule).run() for part in pixels.split(size)]
     return _join(parts, schedule)
@@ -49,38 +48,54 @@ def endpoint(
 ) -> Endpoint:
     """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
 
-    With `maps` the counts of pooling, concatenation and the like are kept beside the neurons'.
+    `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the like
+    are kept beside the neurons'. Raises UsageError for images of another size than the network's.
     """
+    check_size(network, pixels)
     prepared = _prepare(network, timesteps, pixels.device)
+    with exact_arithmetic():
+        parts = [_end(prepared, x, timesteps, maps) for x in pixels.split(_chunk(network, 1))]
+    first = parts[0]
+    return Endpoint(
+        timesteps,
+        {name: torch.cat([p.counts[name] for p in parts]) for name in first.counts},
+        {name: torch.cat([p.charges[name] for p in parts]) for name in first.charges},
+    )
+
+
+def _end(prepared: _Prepared, pixels: Tensor, timesteps: int, maps: bool) -> Endpoint:
+    network = prepared.network
     values: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     charges: dict[str, Tensor] = {}
-    last_use = last_uses(list(network.nodes))
-    with exact_arithmetic():
-        for position, node in enumerate(network.nodes):
-            if isinstance(node, Image):
-                values[node.name] = timesteps * _centered(node, pixels)
-            elif isinstance(node, Relay):
-                values[node.name] = _relay(node, values, prepared.limits)
-                if maps:
-                    counts[node.name] = values[node.name][0]
+    for position, node in enumerate(network.nodes):
+        if isinstance(node, Image):
+            values[node.name] = timesteps * _centered(node, pixels)
+        elif isinstance(node, Relay):
+            values[node.name] = _relay(node, values, prepared.limits)
+            if maps:
+                counts[node.name] = values[node.name][0]
+        else:
+            charge = prepared.charges[node.name]
+            total = sum(charge.current(i, values[b.source]) for i, b in enumerate(node.branches))
+            assert isinstance(total, Tensor)
+            total = total + charge.bias_charge(torch.tensor([timesteps]), total.ndim)
+            if isinstance(node, Readout):
+                charges[node.name] = total[0].long().view(len(pixels), *node.shape)
             else:
-                charge = prepared.charges[node.name]
-                total = sum(
-                    charge.current(i, values[b.source]) for i, b in enumerate(node.branches)
-                )
-                assert isinstance(total, Tensor)
-                total = total + charge.bias_charge(torch.tensor([timesteps]), total.ndim)
-                if isinstance(node, Readout):
-                    charges[node.name] = total[0].long().view(len(pixels), *node.shape)
-                else:
-                    low = prepared.limits[node.name][0]
-                    settled = _settled(node, total, network.initial_membrane, low, timesteps)
-                    counts[node.name] = settled[0].to(count_dtype(low, timesteps))
-                    values[node.name] = settled
-            for name in last_use.get(position, ()):
-                del values[name]
+                low = prepared.limits[node.name][0]
+                settled = _settled(node, total, network.initial_membrane, low, timesteps)
+                counts[node.name] = settled[0].to(count_dtype(low, timesteps))
+                values[node.name] = settled
+        for name in prepared.last_use.get(position, ()):
+            del values[name]
     return Endpoint(timesteps, counts, charges)
+
+
+def _chunk(network: SpikingNetwork, steps: int) -> int:
+    """Return how many images to run at once, for planes of so many steps."""
+    largest = max(torch.Size(n.shape).numel() for n in network.nodes)
+    return max(1, BLOCK_NUMBERS // (steps * largest))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from snnconv.errors import SnnconvError
 from snnconv.network import Population, Readout, Synapse, charge_bounds, membrane_bound
 from snnconv.ops import per_channel, sum_pool
 from snnconv.quant import apply_weight
@@ -29,6 +30,8 @@ def exact_arithmetic() -> Iterator[None]:
     try:
         with (
             torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast("cuda", enabled=False),
             torch.backends.nnpack.flags(enabled=False),
             torch.backends.cudnn.flags(enabled=False),
         ):
@@ -40,13 +43,15 @@ def exact_arithmetic() -> Iterator[None]:
 def exact_dtype(bound: int) -> torch.dtype:
     """Return the float type in which integers up to `bound` add exactly.
 
-    Raises OverflowError beyond float64, which integers of the stored widths cannot reach.
+    Raises SnnconvError beyond float64.
     """
     if bound < EXACT_FLOAT32:
         return torch.float32
     if bound < EXACT_FLOAT64:
         return torch.float64
-    raise OverflowError(f"integers up to {bound} do not add exactly in float64")
+    raise SnnconvError(
+        f"charges up to {bound:.3g} do not add exactly in float64; take a smaller --timesteps"
+    )
 
 
 class Charge:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.schedule import Schedule
 
@@ -61,3 +62,13 @@ class Endpoint:
         """Return a readout, float64 `[N, ...]`."""
         (readout,) = (r for r in network.readouts if r.name == name)
         return readout.unit * self.charges[name].double() / self.timesteps
+
+
+def check_size(network: SpikingNetwork, pixels: Tensor) -> None:
+    """Raise UsageError unless images `[N, C, H, W]` have the size the network takes."""
+    expected = network.preprocessing.input_size
+    if tuple(pixels.shape[1:]) != tuple(expected):
+        raise UsageError(
+            f"the network takes images of {'x'.join(map(str, expected))}, "
+            f"not {'x'.join(map(str, pixels.shape[1:]))}"
+        )

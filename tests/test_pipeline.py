@@ -1,0 +1,161 @@
+"""Whole conversions: what stands between the image and the first layer, odd outputs, aliasing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from networks import PREPROCESSING, converted, images
+from timm.layers import AvgPool2dSame, Linear
+from torch import Tensor, nn
+
+from snnconv.engine import endpoint
+from snnconv.errors import NotConvertibleError
+from snnconv.pipeline import check_equal, convert
+from snnconv.preprocess import Preprocessing
+
+
+class Small(nn.Module):
+    """One convolution, with something before it and a body behind."""
+
+    def __init__(self, before: object = None, body: object = None, channels: int = 3) -> None:
+        super().__init__()
+        before, body = before or nn.Identity(), body or nn.ReLU()
+        self.parts = nn.ModuleList(p for p in (before, body) if isinstance(p, nn.Module))
+        self.__dict__.update(before=before, body=body)
+        self.conv, self.head = nn.Conv2d(channels, 6, 3, padding=1), Linear(6, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, features: bool = False) -> Tensor:
+        y = self.body(self.conv(self.before(x)))
+        return y if features else self.head(sum([y[:].mean((2, 3))]))
+
+
+def norm() -> nn.Module:
+    layer = nn.BatchNorm2d(3)
+    layer.running_mean[:] = torch.tensor([0.1, 0.4, -0.3])
+    layer.weight.data[1] = -0.7
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("before", "channels"),
+    [
+        (nn.ZeroPad2d((1, 2, 0, 1)), 3),
+        (lambda x: F.pad(x, (0, 0, 1, 1)), 3),
+        (lambda x: F.pad(x, (0, 0, 0, 0, 1, 0)), 4),
+        (lambda x: x[:, 1:, ::2], 2),
+        (nn.Dropout(), 3),
+        (norm(), 3),
+        (nn.AvgPool2d(3, 2, 1), 3),
+        (nn.MaxPool2d(2), 3),
+        (nn.ReLU(), 3),
+        (lambda x: torch.cat([x, x[:, :1]], 1), 4),
+    ],
+)
+def test_what_stands_before_the_first_layer_is_verified(before: object, channels: int) -> None:
+    torch.manual_seed(0)
+    conversion = convert(Small(before, None, channels), PREPROCESSING, [images(6)])
+    found, agreement = check_equal(conversion, images(4, 2))
+    assert found.equal and agreement.counts_percent > 95
+
+
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3 * 12 * 12, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x.flatten(1))))
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 3, 1), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(x) + x).mean((2, 3)))
+
+
+class FlatMap(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x)).flatten(1)
+
+
+@pytest.mark.parametrize("model", [Flat, Shifted, FlatMap])
+def test_networks_that_read_or_return_something_unusual(model: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    found, agreement = check_equal(convert(model(), PREPROCESSING, [images(6)]), images(4, 2))
+    assert found.equal and agreement.counts_percent > 95
+
+
+def test_timm_pooling_with_same_padding_counts_its_border() -> None:
+    body = nn.Sequential(nn.ReLU(), AvgPool2dSame(3, 2, count_include_pad=False))
+    assert check_equal(convert(Small(None, body), PREPROCESSING, [images(6)]), images(3))[0].equal
+
+
+class Aliased(nn.Module):
+    """The sum reads a tensor after it has been changed in place."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.inplace, self.head = inplace, nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.b(F.relu(y, inplace=self.inplace))
+        z += y
+        return self.head(F.relu(z).mean((2, 3)))
+
+
+def test_a_tensor_changed_under_its_readers_is_refused() -> None:
+    torch.manual_seed(0)
+    convert(Aliased(False), PREPROCESSING, [images(6)])
+    with pytest.raises(NotConvertibleError, match="changed in place"):
+        convert(Aliased(True), PREPROCESSING, [images(6)])
+
+
+def test_a_reshape_that_mixes_images_is_refused() -> None:
+    def body(x: Tensor) -> Tensor:
+        return F.relu(x).view(-1, 6)[:, :, None, None]
+
+    with pytest.raises(NotConvertibleError, match="cannot be converted"):
+        convert(Small(None, body), PREPROCESSING, calibration="bn")
+
+
+def test_autocast_around_it_changes_nothing() -> None:
+    network = converted("residual").network
+    expected = endpoint(network, images(3), 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = endpoint(network, images(3), 5)
+    for name in expected.counts:
+        assert torch.equal(found.counts[name], expected.counts[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "vgg11", "vgg11_bn", "mobilenetv1_100", "mobilenetv2_100", "densenet121",
+     "regnetx_002", "mobilenetv4_conv_small", "mobileone_s0", "inception_v3", "dla34",
+     "cifar_vgg16", "cifar_alexnet", "cifar_resnet18", "squeezenet1_1"],
+)  # fmt: skip
+def test_networks_of_timm_and_the_zoo_convert_and_verify(name: str) -> None:
+    from snnconv.model_zoo import register
+
+    register()
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=10)
+    size = 75 if name == "inception_v3" else 64 if "cifar" not in name else 32
+    preprocessing = Preprocessing((3, size, size), (0.4, 0.5, 0.45), (0.25, 0.2, 0.3))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
+    found, _ = check_equal(convert(model, preprocessing, [pixels], timesteps=3), pixels[:2])
+    assert found.equal
