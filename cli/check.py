@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from . import console, options
-from .convert import model_options, parse_model_args, source_argument
+from .source import NetworkOptions, network_options, source_argument
 
 NOT_CONVERTIBLE = 3
 
@@ -15,13 +15,12 @@ NOT_CONVERTIBLE = 3
     "check", example="snnconv check resnet18\nsnnconv check checkpoint.pth --arch resnet50 --json"
 )
 @source_argument
-@model_options
+@network_options
 @options.json_option
 @options.verbosity_options
 def command(
     source: str,
-    arch: str | None,
-    model_args: tuple[str, ...],
+    network: NetworkOptions,
     as_json: bool,
     verbose: bool,
     quiet: bool,
@@ -34,12 +33,9 @@ def command(
     """
     from snnconv import __version__
     from snnconv.graph import trace
-    from snnconv.load import load_model
     from snnconv.plan import make_plan
 
-    loaded = load_model(
-        source, arch=arch, model_args=parse_model_args(model_args), pretrained=False
-    )
+    loaded = network.load(source, pretrained=False)
     plan = make_plan(trace(loaded.model, loaded.preprocessing.input_size))
     contents = {
         "schema": "snnconv.check/1",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,49 +11,23 @@ import click
 from snnconv.errors import UsageError
 
 from . import console, options
+from .source import (
+    NetworkOptions,
+    default_name,
+    describe_input,
+    fit_to_images,
+    network_options,
+    source_argument,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from snnconv.data import ImageData
     from snnconv.load import LoadedModel
+    from snnconv.pipeline import Conversion
 
 SAMPLE_IMAGES = 16
-BATCH = 100
-
-
-source_argument = click.argument("source", metavar="CHECKPOINT|NAME|zoo:NAME")
-
-
-def model_options(function: options.F) -> options.F:
-    """Add --arch and -m/--model-arg, which say how to build a checkpoint's network."""
-    function = click.option(
-        "-m",
-        "--model-arg",
-        "model_args",
-        multiple=True,
-        metavar="K=V",
-        help="Argument for the network's constructor, for example num_classes=7. Repeatable.",
-    )(function)
-    return click.option(
-        "--arch",
-        metavar="NAME",
-        help="timm architecture of a checkpoint file. Else what the file says, else its name.",
-    )(function)
-
-
-def parse_model_args(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """Turn K=V pairs into a table; values are Python literals, else text."""
-    parsed: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals or not key.isidentifier():
-            raise UsageError(f"--model-arg {pair!r} is not K=V")
-        try:
-            parsed[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            parsed[key] = value
-    return parsed
 
 
 def parse_drain(text: str) -> int | None:
@@ -66,21 +39,13 @@ def parse_drain(text: str) -> int | None:
     return int(text)
 
 
-def default_name(source: str) -> str:
-    """Name the spiking checkpoint of a source."""
-    name = source.rpartition("/")[2].removeprefix("zoo:").rpartition(":")[2]
-    for suffix in (".safetensors", ".tar", ".pth", ".pt", ".th", ".ckpt", ".bin"):
-        name = name.removesuffix(suffix)
-    return f"{name}.snn.safetensors"
-
-
 @options.command(
     "convert",
     example="snnconv convert resnet18.pt --data DIR\n"
     "snnconv convert zoo:digits --data zoo:digits --timesteps 15",
 )
 @source_argument
-@model_options
+@network_options
 @options.data_option
 @click.option(
     "--calibration",
@@ -154,8 +119,7 @@ def default_name(source: str) -> str:
 @options.verbosity_options
 def command(
     source: str,
-    arch: str | None,
-    model_args: tuple[str, ...],
+    network: NetworkOptions,
     data: str | None,
     calibration: str | None,
     calibration_images: int,
@@ -180,85 +144,72 @@ def command(
     CHECKPOINT is a file (.pt .pth .th .tar .safetensors), NAME a timm name, also with a tag or as
     hf-hub:REPO or local-dir:DIR, and zoo:NAME a network of the zoo. The training split of the data
     calibrates; on the test split the ANN's accuracy is measured and stored (--limit N takes only N
-    of its images). The result is verified on a sample of images before it is written.
+    of its images). Data of one part are divided. The result is verified on a sample of images
+    before it is written.
     """
     start = time.perf_counter()
     if epochs:
         raise UsageError("--epochs: retraining is not available yet; take --epochs 0")
     parsed_drain = parse_drain(drain)
-    where = options.resolve_data(data)
     if calibration is None:
-        calibration = "mse" if where else "bn"
-    if calibration != "bn" and where is None:
+        calibration = "mse" if data else "bn"
+    if calibration != "bn":
         options.require_data(data)
     from snnconv import report
     from snnconv.schedule import Schedule
 
     Schedule(schedule, timesteps, 1, parsed_drain)
-    path = output or Path(default_name(source))
+    path = output or default_name(source)
     if not path.name.endswith(".snn.safetensors"):
         raise UsageError(f"--output {path}: a spiking checkpoint is named *.snn.safetensors")
     report.require_writable(path, force)
-    report_path = report.default_path(path)
-    report.require_writable(report_path, force, "snnconv.conversion/1")
+    report_path = report.default_path(path, "convert")
+    report.require_writable(report_path, force, {"schema": "snnconv.conversion/1"})
 
     from snnconv import __version__, checkpoint
-    from snnconv.data import choose_indices, open_data
-    from snnconv.load import load_model
-    from snnconv.measure import top1_percent
+    from snnconv.data import check_labels, choose_indices, open_data
+    from snnconv.normalize import with_settings
     from snnconv.pipeline import check_equal, convert
 
     place = options.resolve_device(device)
-    loaded = load_model(source, arch=arch, model_args=parse_model_args(model_args))
-    train = open_data(where, "train") if where else None
-    test = open_data(where, "test") if where else None
+    loaded = network.load(source)
+    train = test = None
+    indices: Any = None
+    if data is not None:
+        count = 0 if calibration == "bn" else calibration_images
+        train, test = (
+            open_data(data, split, calibration_images=count, seed=seed)
+            for split in ("train", "test")
+        )
+        for part in (train, test):
+            check_labels(part, loaded.num_classes)
+        if test.note:
+            console.note(test.note, quiet)
+        loaded = fit_to_images(loaded, train, quiet)
+        indices = choose_indices(len(train), calibration_images, seed)
+    described: dict[str, Any] = {
+        "name": loaded.name,
+        "args": loaded.model_args,
+        "channels": loaded.channels,
+        "num_classes": loaded.num_classes,
+        "class_names": _class_names(loaded, train),
+        "weights_sha256": loaded.weights_sha256,
+        "ann": None,
+    }
+    calibrated_on = None
+    if train is not None and calibration != "bn":
+        calibrated_on = {
+            "data_sha256": train.sha256(indices),
+            "split": train.split,
+            "note": train.note,
+            "images": len(indices),
+            "seed": seed,
+        }
     with console.progress(quiet) as progress:
-        images = indices = None
-        if train is not None:
-            indices = choose_indices(len(train), calibration_images, seed)
-            if calibration != "bn":
-                images = _batches(train, loaded, indices, progress)
-        ann = None
-        if test is not None:
-            chosen = choose_indices(len(test), limit, seed)
-            model = loaded.model.to(place)
-            top1 = top1_percent(
-                model, test, loaded.preprocessing, chosen, device=place, progress=progress
-            )
-            model.cpu()
-            ann = {
-                "top1_percent": top1,
-                "images": len(chosen),
-                "split": test.split,
-                "data_sha256": test.sha256,
-            }
-        described = {
-            "name": loaded.name,
-            "args": loaded.model_args,
-            "num_classes": loaded.num_classes,
-            "class_names": _class_names(loaded, train),
-            "weights_sha256": loaded.weights_sha256,
-            "ann": ann,
-        }
-        calibrated_on = None
-        if train is not None and indices is not None and calibration != "bn":
-            calibrated_on = {
-                "data": train.name,
-                "data_sha256": train.sha256,
-                "split": train.split,
-                "note": train.note,
-                "images": len(indices),
-                "seed": seed,
-            }
-        provenance = {
-            "version": __version__,
-            "epochs": 0,
-            "calibration": {"method": calibration, "on": calibrated_on},
-        }
         conversion = convert(
             loaded.model,
             loaded.preprocessing,
-            images,
+            _batches(train, loaded, indices, progress) if train and calibrated_on else None,
             timesteps=timesteps,
             calibration=calibration,
             weight_bits=weight_bits,
@@ -267,15 +218,22 @@ def command(
             initial_membrane=initial_membrane,
             schedule=schedule,
             drain=parsed_drain,
-            model=described,
-            provenance=provenance,
+            provenance={
+                "version": __version__,
+                "epochs": 0,
+                "calibration": {"method": calibration, "on": calibrated_on},
+            },
         )
         progress("verify", 0, 1)
-        sample = _sample(train, loaded, indices, seed)
-        verification, agreement = check_equal(conversion, sample)
+        verification, agreement = check_equal(conversion, _sample(train, loaded, indices, seed))
         progress("verify", 1, 1)
-    checkpoint.save_network(conversion.network, path)
-    network = conversion.network
+        if test is not None:
+            chosen = choose_indices(len(test), limit, seed)
+            described["ann"] = _measure_ann(conversion, loaded, test, chosen, place, progress)
+            if described["ann"] is not None:
+                described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
+    spiking = with_settings(conversion.network, model=described)
+    checkpoint.save_network(spiking, path, replace=force)
     contents = {
         "schema": "snnconv.conversion/1",
         "version": __version__,
@@ -289,9 +247,11 @@ def command(
         "neuron": neuron,
         "initial_membrane": initial_membrane,
         "weight_bits": weight_bits,
-        "calibration": provenance["calibration"],
-        "neurons": network.neurons,
-        "depth": network.depth,
+        "data": None if train is None else train.name,
+        "calibration": spiking.provenance["calibration"],
+        "preprocessing": loaded.preprocessing.to_dict(),
+        "neurons": spiking.neurons,
+        "depth": spiking.depth,
         "verification": {
             **verification.to_dict(),
             "sample": "training images" if train is not None else "random images",
@@ -307,13 +267,45 @@ def command(
     report.write(report_path, contents, console.arguments())
     if as_json:
         console.emit_json(contents)
-        return
-    _print(contents, path, report_path, test is not None)
+    else:
+        _print(contents, path, report_path)
+        if test is None:
+            console.note(
+                "no data given: nothing was measured, the accuracy is unknown; give --data", quiet
+            )
+    for images_of in (train, test):
+        if images_of is not None:
+            options.note_unreadable(images_of.unreadable, quiet)
+
+
+def _measure_ann(
+    conversion: Conversion,
+    loaded: LoadedModel,
+    test: ImageData,
+    chosen: Any,
+    place: str,
+    progress: console.Progress,
+) -> dict[str, Any] | None:
+    """Return the ANN's accuracy, and on which images; None if it is no classifier."""
+    from snnconv.measure import is_classifier, top1_percent
+
+    if not is_classifier(conversion.network):
+        return None
+
+    top1, measured = top1_percent(
+        loaded.model.to(place), test, loaded.preprocessing, chosen, device=place, progress=progress
+    )
+    return {
+        "top1_percent": top1,
+        "images": measured,
+        "split": test.split,
+        "data_sha256": test.sha256(chosen),
+    }
 
 
 def _batches(data: ImageData, loaded: LoadedModel, indices: Any, progress: console.Progress) -> Any:
     done = 0
-    for pixels, _ in data.batches(loaded.preprocessing, indices, BATCH):
+    for pixels, _ in data.batches(loaded.preprocessing, indices):
         yield pixels
         done += len(pixels)
         progress("calibrate", done, len(indices))
@@ -338,14 +330,14 @@ def _class_names(loaded: LoadedModel, data: ImageData | None) -> list[str] | Non
     return None if names is None else list(names)
 
 
-def _print(contents: dict[str, Any], path: Path, report_path: Path, measured: bool) -> None:
+def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
     model, checked = contents["model"], contents["verification"]
     calibration = contents["calibration"]
     images = calibration["on"]
     source = (
         "BatchNorm statistics, no data"
         if images is None
-        else f"{images['images']} {images['split']} images of {images['data']}, "
+        else f"{images['images']} {images['split']} images of {contents['data']}, "
         f"seed {images['seed']}" + (f" ({images['note']})" if images["note"] else "")
     )
     share = contents["mac_share_percent"]
@@ -360,6 +352,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path, measured: bo
             f"T {contents['timesteps']}, {contents['schedule']}, {contents['neuron']}, "
             f"{contents['weight_bits']}-bit weights, no retraining",
         ),
+        ("input", describe_input(contents["preprocessing"], model["channels"])),
         ("clips", f"{calibration['method']}, from {source}"),
     ]
     if model["ann"] is not None:
@@ -380,5 +373,3 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path, measured: bo
         ("report", str(report_path)),
     ]
     console.print_table(None, ["", "converted"], rows)
-    if not measured:
-        console.note("no data given: nothing was measured, the accuracy is unknown; give --data")

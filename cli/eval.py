@@ -115,7 +115,7 @@ def command(
 
     from snnconv import report
     from snnconv.checkpoint import load_network
-    from snnconv.data import choose_indices, open_data
+    from snnconv.data import choose_indices, open_held_out
     from snnconv.measure import evaluate
     from snnconv.normalize import with_settings
 
@@ -133,16 +133,16 @@ def command(
             "converting anew at this T may be more accurate",
             quiet,
         )
-    keys = {
-        "timesteps": timetable.timesteps,
-        "schedule": timetable.name,
-        "neuron": network.neuron,
-    }
-    report_path = output or report.default_path(path, keys)
-    own = "" if output else "snnconv.evaluation/1"
-    report.require_writable(report_path, force, own)
     place = options.resolve_device(device)
-    images = open_data(where, split)
+    calibrated_on = network.provenance.get("calibration", {}).get("on")
+    images = open_held_out(where, split, calibrated_on)
+    if images.note:
+        console.note(images.note, quiet)
+    report_path = output or report.default_path(
+        path, "eval", _settings(network, timetable, split, limit)
+    )
+    own = {"schema": "snnconv.evaluation/1", "data": images.name, "seed": seed}
+    report.require_writable(report_path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
     with console.progress(quiet) as progress:
         evaluation = evaluate(
@@ -156,17 +156,43 @@ def command(
             progress=progress,
         )
         evaluation["checkpoint"] = path.name
-        stored = network.model.get("ann")
         if ann is not None:
             evaluation |= _measure_ann(ann, network, images, indices, timetable, place, progress)
-        elif stored is not None and stored["split"] == split:
-            evaluation["ann"] = {**stored, "source": "stored"}
+        else:
+            evaluation["ann"] = _stored_ann(network, images)
     report.write(report_path, evaluation, console.arguments())
     if as_json:
         console.emit_json(evaluation)
         return
     _print(evaluation)
     console.note(f"report: {report_path}", quiet)
+    options.note_unreadable(images.unreadable, quiet)
+
+
+def _settings(network: Any, timetable: Any, split: str, limit: int | None) -> list[str]:
+    """Name what tells one evaluation of a checkpoint from another."""
+    schedule = timetable.name
+    if schedule == "stagger" and timetable.stagger != 1:
+        schedule += str(timetable.stagger)
+    if timetable.name in ("drain", "stagger") and timetable.drain is not None:
+        schedule += f"-{timetable.drain}"
+    parts = [f"T{timetable.timesteps}", schedule, network.neuron]
+    parts += ["zero"] if network.initial_membrane == "zero" else []
+    parts += [split] if split != "test" else []
+    return parts + ([f"limit{limit}"] if limit else [])
+
+
+def _stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
+    """Return the ANN's accuracy as stored at conversion, if it is of these data."""
+    from snnconv.data import choose_indices
+
+    stored = network.model.get("ann")
+    if stored is None or stored["split"] != images.split:
+        return None
+    drawn = choose_indices(len(images), stored["drawn"]["images"], stored["drawn"]["seed"])
+    if images.sha256(drawn) != stored["data_sha256"]:
+        return None
+    return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
 
 
 def _measure_ann(
@@ -183,8 +209,13 @@ def _measure_ann(
     from snnconv.measure import top1_percent
     from snnconv.pipeline import float_qann
 
+    if not network.model:
+        raise UsageError("--ann: the checkpoint does not say which network it was made from")
     loaded = load_model(
-        source, arch=network.model["name"], model_args=network.model.get("args", {})
+        source,
+        arch=network.model["name"],
+        model_args=network.model.get("args", {}),
+        channels=network.model.get("channels"),
     )
     if loaded.weights_sha256 != network.model["weights_sha256"]:
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
@@ -200,7 +231,7 @@ def _measure_ann(
         ("ann", "ann", loaded.model.to(device)),
         ("qann_float", "float QANN", quantised),
     ):
-        top1 = top1_percent(
+        top1, _ = top1_percent(
             forward,
             images,
             network.preprocessing,

@@ -105,7 +105,7 @@ def _print(contents: dict[str, Any]) -> None:
         (
             "clips",
             f"{calibration.get('method')}, from "
-            + (f"{on['images']} {on['split']} images of {on['data']}" if on else "no data"),
+            + (f"{on['images']} {on['split']} images, seed {on['seed']}" if on else "no data"),
         ),
         ("input", "x".join(map(str, contents["preprocessing"]["input_size"]))),
         ("outputs", ", ".join(f"{r['name']} {r['shape']}" for r in contents["readouts"])),

@@ -19,7 +19,13 @@ from snnconv import __version__
 from snnconv.errors import SnnconvError, UsageError
 
 from . import console
-from .options import CONTEXT_SETTINGS, ExampleGroup
+from .options import (
+    CONTEXT_SETTINGS,
+    ExampleGroup,
+    check_settings,
+    default_map,
+    read_settings,
+)
 
 # Name of the command → its module in this folder and the line that `snnconv --help` shows.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -51,6 +57,10 @@ class LazyGroup(ExampleGroup):
         module = importlib.import_module(f".{COMMANDS[cmd_name][0]}", __package__)
         command: click.Command = module.command
         command.name = cmd_name
+        if not {"-h", "--help"} & set(console.arguments()):
+            settings = read_settings()
+            check_settings(settings, COMMANDS)
+            ctx.default_map = {cmd_name: default_map(settings, command)}
         return command
 
     def resolve_command(

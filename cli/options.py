@@ -7,15 +7,17 @@ snnconv.toml in the current folder, then from the default.
 
 from __future__ import annotations
 
-import os
+import difflib
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from snnconv.errors import UsageError
+
+from . import console
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,6 +28,8 @@ CONTEXT_SETTINGS: dict[str, Any] = {
 SETTINGS_FILE = "snnconv.toml"
 DATA_VARIABLE = "SNNCONV_DATA"
 CHECKPOINT_PATTERN = "*.snn.safetensors"
+SHARED_SETTINGS = ("data", "device", "seed")
+NAMED = 5
 
 
 class _Example(click.Command):
@@ -99,12 +103,14 @@ def seed_option(function: F) -> F:
 
 
 def data_option(function: F) -> F:
-    """Add --data as `data: str | None`; hand it to `resolve_data` or `require_data`."""
+    """Add --data as `data: str | None`; hand it to `require_data` where there must be one."""
     return click.option(
         "--data",
         metavar="DIR",
-        help=f"Images: a folder, or a zoo set like zoo:digits. Else {DATA_VARIABLE}, "
-        f"else `data` in {SETTINGS_FILE}.",
+        envvar=DATA_VARIABLE,
+        type=click.Path(),
+        help="Images: a folder, an .npz file, zoo:digits, or a timm name like torch/cifar100@DIR. "
+        f"Else {DATA_VARIABLE}, else `data` in {SETTINGS_FILE}.",
     )(function)
 
 
@@ -142,21 +148,47 @@ def read_settings(folder: Path | None = None) -> dict[str, Any]:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
 
 
-def resolve_data(option: str | None) -> str | None:
-    """Choose the data: --data, else SNNCONV_DATA, else `data` in snnconv.toml, else None."""
-    chosen = option or os.environ.get(DATA_VARIABLE)
-    if chosen:
-        return chosen
-    value = read_settings().get("data")
-    if value is not None and (not isinstance(value, str) or not value):
+def default_map(settings: dict[str, Any], command: click.Command) -> dict[str, Any]:
+    """Return what snnconv.toml says about the options of one command, by parameter name.
+
+    `data`, `device` and `seed` stand at the top and hold for every command; a table of a command's
+    name holds its own defaults, named like the options. Raises UsageError for unknown keys.
+    """
+    named = {
+        opt.removeprefix("--"): p for p in command.params for opt in p.opts if opt.startswith("--")
+    }
+    values = {k: v for k, v in settings.items() if k in SHARED_SETTINGS and k in named}
+    own = settings.get(command.name or "", {})
+    if not isinstance(own, dict):
+        raise UsageError(f"{SETTINGS_FILE}: [{command.name}] must be a table")
+    values |= {k.replace("_", "-"): v for k, v in own.items()}
+    if unknown := [k for k in values if k not in named]:
+        raise UsageError(
+            f"{SETTINGS_FILE}: [{command.name}] has unknown keys",
+            [f"{k}{_near(k, named)}" for k in unknown],
+        )
+    if "data" in values and (not isinstance(values["data"], str) or not values["data"]):
         raise UsageError(f'`data` in {SETTINGS_FILE} must be a text like data = "DIR"')
-    return value
+    return {str(named[k].name): v for k, v in values.items()}
 
 
-def require_data(option: str | None) -> str:
-    """Choose the data as `resolve_data` does; without any, raise UsageError with the three ways."""
-    chosen = resolve_data(option)
-    if chosen is None:
+def check_settings(settings: dict[str, Any], commands: Iterable[str]) -> None:
+    """Raise UsageError for keys at the top of snnconv.toml that mean nothing."""
+    known = [*SHARED_SETTINGS, *commands]
+    if unknown := [k for k in settings if k not in known]:
+        raise UsageError(
+            f"{SETTINGS_FILE} has unknown keys", [f"{k}{_near(k, known)}" for k in unknown]
+        )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def require_data(data: str | None) -> str:
+    """Return the data given in whatever way; without any, raise UsageError with the three ways."""
+    if data is None:
         raise UsageError(
             "no data given; there are three ways to give it",
             [
@@ -165,7 +197,14 @@ def require_data(option: str | None) -> str:
                 f'a line data = "DIR" in {SETTINGS_FILE} in the current folder',
             ],
         )
-    return chosen
+    return data
+
+
+def note_unreadable(names: list[str], quiet: bool) -> None:
+    """Say which images were left out because they cannot be read."""
+    if names:
+        shown = "; ".join(names[:NAMED]) + ("; ..." if len(names) > NAMED else "")
+        console.note(f"left out, cannot be read: {len(names)} images: {shown}", quiet)
 
 
 def newest_checkpoint(folder: Path | None = None) -> Path:
@@ -183,20 +222,22 @@ def newest_checkpoint(folder: Path | None = None) -> Path:
 
 
 def resolve_device(option: str) -> str:
-    """Turn --device into "cpu", "cuda" or "mps"; refuse what this machine has not got.
+    """Turn --device into "cpu" or "cuda"; refuse what this machine has not got.
 
-    `auto` never takes MPS, which has no float64.
+    MPS is refused: it has no float64, in which long sums of integers are exact.
     """
     if option == "cpu":
         return "cpu"
+    if option == "mps":
+        raise UsageError(
+            "--device mps: MPS has no float64, so not every layer would be exact; take --device cpu"
+        )
     import torch
 
-    cuda = torch.cuda.is_available()
+    if torch.cuda.is_available():
+        return "cuda"
     if option == "auto":
-        return "cuda" if cuda else "cpu"
-    if not (cuda if option == "cuda" else torch.backends.mps.is_available()):
-        raise UsageError(
-            f"--device {option}: torch finds no such device here; take --device cpu, or see "
-            "snnconv env"
-        )
-    return option
+        return "cpu"
+    raise UsageError(
+        f"--device {option}: torch finds no such device here; take --device cpu, or see snnconv env"
+    )

@@ -112,7 +112,7 @@ def _results(evaluations: list[dict[str, Any]], conversions: dict[str, dict[str,
 def _conversion(report: dict[str, Any]) -> str:
     calibration, checked = report["calibration"], report["verification"]
     on = calibration["on"]
-    images = "no data" if on is None else f"{on['images']} {on['split']} images of {on['data']}"
+    images = "no data" if on is None else f"{on['images']} {on['split']} images of {report['data']}"
     return (
         f"`{report['checkpoint']}`: clips by {calibration['method']} from {images}, seed "
         f"{report['seed']}, {report['weight_bits']}-bit weights, no retraining; "

@@ -46,4 +46,42 @@ def entries() -> list[ZooEntry]:
         )
         for depth in (20, 32, 44, 56, 110)
     ]
-    return [digits, *resnets]
+    small = [
+        ZooEntry(
+            "mnist_lenet",
+            "mnist_lenet",
+            "LeNet for 28x28 grey images, layers as in ShrinkBench",
+            "LeCun et al., Proc. IEEE 86(11), 1998",
+        ),
+        ZooEntry(
+            "cifar_alexnet",
+            "cifar_alexnet",
+            "AlexNet with BatchNorm for 32x32 images",
+            "Krizhevsky et al., NeurIPS 2012",
+        ),
+        *(
+            ZooEntry(
+                f"cifar_vgg{depth}",
+                f"cifar_vgg{depth}",
+                f"VGG-{depth} with BatchNorm for 32x32 images, -m pool=average to pool so",
+                "Simonyan, Zisserman, arXiv 1409.1556",
+            )
+            for depth in (11, 16)
+        ),
+        ZooEntry(
+            "cifar_resnet18",
+            "cifar_resnet18",
+            "timm's ResNet-18 with a 3x3 stem for 32x32 images",
+            "He et al., arXiv 1512.03385",
+        ),
+        *(
+            ZooEntry(
+                f"squeezenet1_{minor}",
+                f"squeezenet1_{minor}",
+                f"SqueezeNet 1.{minor} with torchvision's layer names",
+                "Iandola et al., arXiv 1602.07360",
+            )
+            for minor in (0, 1)
+        ),
+    ]
+    return [digits, *resnets, *small]

@@ -10,8 +10,9 @@ import argparse
 import difflib
 import hashlib
 import re
+import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.errors import CheckpointError, UsageError
-from snnconv.preprocess import Preprocessing
+from snnconv.preprocess import Preprocessing, overridden
+from snnconv.recipe import Recipe
 
 SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors", ".bin", ".ckpt")
 # Where trainers keep the weights within a checkpoint, averaged ones first.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.")
+LARGEST_RATIO = 100
 ARCH_KEYS = ("arch", "architecture", "model_name", "model")
 
 
@@ -32,7 +35,10 @@ ARCH_KEYS = ("arch", "architecture", "model_name", "model")
 class LoadedModel:
     """A model in eval mode, and what is known about it.
 
-    `name` is the architecture as timm knows it; `weights_sha256` is a hash of all tensors with
+    `name` is the architecture as timm knows it; `size_stated` says whether the image size comes
+    from the checkpoint, a tag or a recipe, and not just from the architecture's usual one.
+    `channels` is the order of the colours the weights were trained with; the first convolution of
+    a `bgr` network has been turned to read RGB. `weights_sha256` is a hash of all tensors with
     their names.
     """
 
@@ -43,6 +49,8 @@ class LoadedModel:
     num_classes: int
     class_names: tuple[str, ...] | None
     weights_sha256: str
+    size_stated: bool = True
+    channels: str = "rgb"
 
 
 def load_model(
@@ -51,31 +59,64 @@ def load_model(
     arch: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     pretrained: bool = True,
+    recipe: Recipe | None = None,
+    channels: str | None = None,
 ) -> LoadedModel:
     """Build the model a source names: a checkpoint file, a timm name, or `zoo:NAME`.
 
     timm names may have tags (`resnet18.a1_in1k`) or the prefixes `hf-hub:` and `local-dir:`. The
-    architecture of a file comes from `arch`, else the file's metadata, else its name.
-    `model_args` are passed to the model's constructor. Without `pretrained` a timm name gets random
-    weights, and nothing is fetched. Raises UsageError for unknown names,
-    CheckpointError for a file that is damaged, foreign, or does not fit the architecture.
+    architecture of a file comes from `arch`, else the file's metadata, else the `recipe`, else the
+    file's name. `model_args` are passed to the model's constructor. Without `pretrained` a timm
+    name gets random weights, and nothing is fetched. `channels` (`rgb`, `bgr`) is the order the
+    weights were trained with. Raises UsageError for unknown names, CheckpointError for a file that
+    is damaged, foreign, or does not fit the architecture.
     """
     from snnconv.model_zoo import register
 
     register()
-    args = dict(model_args or {})
+    args = {**(recipe.model_args if recipe else {}), **(model_args or {})}
+    loaded = _load(source, arch, recipe.arch if recipe else None, args, pretrained)
+    if recipe is not None:
+        preprocessing = recipe.applied(loaded.preprocessing)
+        stated = loaded.size_stated or "input_size" in recipe.preprocessing
+        loaded = replace(loaded, preprocessing=preprocessing, size_stated=stated)
+    if (channels or (recipe.channels if recipe else "rgb")) == "bgr":
+        loaded = replace(loaded, channels="bgr")
+        _turn_first_convolution_(loaded)
+    return loaded
+
+
+def _load(
+    source: str, arch: str | None, fallback: str | None, args: dict[str, Any], pretrained: bool
+) -> LoadedModel:
     if source.startswith("zoo:"):
         path, arch = _zoo_weights(source)
-        return _from_file(path, arch, args)
+        return _from_file(path, arch, None, args)
     if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return _from_timm(source, args, pretrained)
     path = Path(source)
     if path.exists() or path.suffix in SUFFIXES or "/" in source:
-        return _from_file(path, arch, args)
+        return _from_file(path, arch, fallback, args)
     if arch is not None and arch != source:
         raise UsageError(f"{source} is not a file, and --arch belongs to a checkpoint file")
     _require_known(source)
     return _from_timm(source, args, pretrained)
+
+
+def _turn_first_convolution_(loaded: LoadedModel) -> None:
+    """Turn the input channels of the first convolution around, from BGR to RGB."""
+    cfg = getattr(loaded.model, "pretrained_cfg", None) or {}
+    names = cfg.get("first_conv")
+    names = [names] if isinstance(names, str) else list(names or ())
+    if not names or loaded.preprocessing.input_size[0] != 3:
+        raise UsageError(
+            f"--channels bgr: timm does not say which convolution of {loaded.name} comes first, or "
+            "it does not take three colours"
+        )
+    with torch.no_grad():
+        for name in names:
+            weight: Any = loaded.model.get_submodule(name).weight
+            weight.copy_(weight.flip(1))
 
 
 def _zoo_weights(source: str) -> tuple[Path, str]:
@@ -121,7 +162,7 @@ def _create(arch: str, args: dict[str, Any], **options: Any) -> nn.Module:
 
     try:
         model: nn.Module = timm.create_model(arch, **options, **args)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise UsageError(f"{arch} cannot be built with {_spell(args)}: {line}") from error
     return model
@@ -158,19 +199,44 @@ def _has_weights(name: str) -> bool:
     return cfg is not None and cfg.has_weights
 
 
-def _from_file(path: Path, arch: str | None, args: dict[str, Any]) -> LoadedModel:
+def _from_file(
+    path: Path, arch: str | None, fallback: str | None, args: dict[str, Any]
+) -> LoadedModel:
     contents, metadata = _read(path)
     state = _weights(path, contents)
-    named = {k: contents[k] for k in ARCH_KEYS if isinstance(contents.get(k), str)} | metadata
+    stated = {k: contents[k] for k in ARCH_KEYS if isinstance(contents.get(k), str)} | metadata
     saved = contents.get("args")
-    if isinstance(saved, argparse.Namespace):
-        named = {k: v for k, v in vars(saved).items() if isinstance(v, str)} | named
-    arch = arch or _stated_arch(named) or _arch_of_name(path, state)
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else {}
+    named = {k: v for k, v in saved.items() if isinstance(v, str)} | stated
+    arch = arch or _stated_arch(named) or fallback or _arch_of_name(path, state)
     _require_known(arch)
-    sized = _inferred_sizes(arch, state) | args
+    given = saved.get("model_kwargs")
+    given = {str(k): v for k, v in given.items()} if isinstance(given, dict) else {}
+    sized = given | _inferred_sizes(arch, state) | args
     model = _create(arch, sized)
     _fill(model, state, path, arch)
-    return _finish(model, arch, sized)
+    loaded = _finish(model, arch, sized)
+    preprocessing, size_stated = _saved_preprocessing(loaded, saved)
+    # A network trained anew, for other classes, may have been trained on another size too.
+    usual = "num_classes" not in sized
+    return replace(loaded, preprocessing=preprocessing, size_stated=size_stated or usual)
+
+
+def _saved_preprocessing(
+    loaded: LoadedModel, saved: Mapping[str, Any]
+) -> tuple[Preprocessing, bool]:
+    """Take from timm's saved training arguments what they say about the input."""
+    known = loaded.preprocessing
+    size = saved.get("input_size")
+    if size is None and isinstance(saved.get("img_size"), int):
+        size = (known.input_size[0], saved["img_size"], saved["img_size"])
+    values = {key: saved.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
+    if values["interpolation"] == "random":
+        values["interpolation"] = None
+    try:
+        return overridden(known, input_size=size, **values), size is not None
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's saved arguments make no sense: {error}") from error
 
 
 def _stated_arch(named: Mapping[str, Any]) -> str | None:
@@ -211,6 +277,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    _refuse_odd_archives(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
@@ -238,6 +305,26 @@ def _unreadable(path: Path, error: Exception) -> str:
     return "is damaged or not a PyTorch checkpoint; download or save it again"
 
 
+def _refuse_odd_archives(path: Path) -> None:
+    """Raise CheckpointError for a zip archive that would unpack to absurd sizes, or repeats names.
+
+    torch stores tensors without compression.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            entries = file.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # an older format, or no checkpoint: torch.load will say
+    unpacked = sum(e.file_size for e in entries)
+    if unpacked > LARGEST_RATIO * path.stat().st_size:
+        raise CheckpointError(
+            f"{path} would unpack from {path.stat().st_size:,} to {unpacked:,} bytes; that is no "
+            "checkpoint"
+        )
+    if len({e.filename for e in entries}) < len(entries):
+        raise CheckpointError(f"{path} holds entries of the same name; save it again")
+
+
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
@@ -256,7 +343,10 @@ def _weights(path: Path, contents: dict[str, Any]) -> dict[str, Tensor]:
     for key in CONTAINERS:
         if isinstance(contents.get(key), dict) and contents[key]:
             return _weights(path, contents[key])
-    state = {k: v for k, v in contents.items() if isinstance(v, Tensor)}
+    state = {k: v for k, v in contents.items() if isinstance(v, Tensor) and isinstance(k, str)}
+    odd = [k for k, v in state.items() if v.layout != torch.strided or v.is_quantized]
+    if odd:
+        raise CheckpointError(f"{path} holds weights that are sparse or quantised", odd)
     if not state:
         raise CheckpointError(
             f"{path} holds no weights, but {', '.join(map(str, list(contents)[:5])) or 'nothing'}"

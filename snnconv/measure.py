@@ -22,6 +22,7 @@ from snnconv.schedule import Schedule
 
 Progress = Callable[[str, int, int], None]
 BATCH = 256
+BATCH_NEURONS = 2**26
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -47,16 +48,20 @@ def top1_percent(
     device: str = "cpu",
     stage: str = "ann",
     progress: Progress = _silent,
-) -> float:
-    """Return the top-1 accuracy of `forward`, from normalised images to logits `[N, classes]`."""
+) -> tuple[float, int]:
+    """Return the top-1 accuracy in percent of `forward`, and the number of images it is of.
+
+    `forward` maps normalised images `[N, C, H, W]` to logits `[N, classes]`. Images that cannot
+    be read do not count.
+    """
     hits = done = 0
     with torch.no_grad():
-        for pixels, labels in data.batches(preprocessing, indices, BATCH):
+        for pixels, labels in data.batches(preprocessing, indices):
             logits = forward(preprocessing.normalize(pixels.to(device)))
             hits += int((logits.argmax(1).cpu() == labels).sum())
             done += len(labels)
             progress(stage, done, len(indices))
-    return 100 * hits / len(indices)
+    return 100 * hits / max(done, 1), done
 
 
 @dataclass
@@ -130,7 +135,8 @@ def evaluate(
     check_labels(data, torch.Size(readout.shape).numel())
     tally = _Tally(network)
     seconds = 0.0
-    for pixels, labels in data.batches(network.preprocessing, indices, BATCH):
+    batch = max(1, min(BATCH, BATCH_NEURONS // network.neurons))
+    for pixels, labels in data.batches(network.preprocessing, indices, batch):
         pixels = pixels.to(device)
         start = time.perf_counter()
         course = simulate(network, pixels, schedule, engine)
@@ -156,7 +162,9 @@ def evaluate(
         "images": tally.images,
         "partial": tally.images < len(data),
         "data": data.name,
-        "data_sha256": data.sha256,
+        "data_note": data.note,
+        "data_sha256": data.sha256(indices),
+        "unreadable_images": len(data.unreadable),
         "timesteps": schedule.timesteps,
         "trained_timesteps": network.timesteps,
         "schedule": schedule.name,
@@ -200,10 +208,16 @@ def evaluate(
     }
 
 
+def is_classifier(network: SpikingNetwork) -> bool:
+    """Return whether the network has one output, a flat vector of logits."""
+    shapes = [r.shape for r in network.readouts]
+    return len(shapes) == 1 and math.prod(shapes[0]) == max(shapes[0])
+
+
 def _classifier(network: SpikingNetwork) -> Any:
     """Return the one readout of a classifier, with a flat vector of logits."""
     readouts = network.readouts
-    if len(readouts) != 1 or torch.Size(readouts[0].shape).numel() != max(readouts[0].shape):
+    if not is_classifier(network):
         shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in readouts)
         raise UsageError(f"the network is no classifier: its outputs are {shapes}")
     return readouts[0]

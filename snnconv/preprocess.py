@@ -7,13 +7,15 @@ A network sees every image as 8-bit pixels `[N, C, H, W]`. The ANN normalises th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from snnconv.errors import UsageError
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class Preprocessing:
     def __post_init__(self) -> None:
         """Refuse values no image could have."""
         channels = self.input_size[0]
+        if any(n < 1 for n in self.input_size):
+            raise UsageError(f"preprocessing: there is no image of size {self.input_size}")
+        if not 0 < self.crop_pct <= 1:
+            raise UsageError(
+                f"preprocessing: crop_pct must be above 0, at most 1, not {self.crop_pct}"
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise UsageError(
+                f"preprocessing: unknown interpolation {self.interpolation!r}; choose from "
+                f"{', '.join(INTERPOLATIONS)}"
+            )
         if len(self.mean) != channels or len(self.std) != channels:
             raise UsageError(
                 f"preprocessing: {len(self.mean)} means and {len(self.std)} standard deviations "
@@ -66,3 +79,20 @@ class Preprocessing:
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         return cls(**arguments)
+
+
+def overridden(known: Preprocessing, **values: Any) -> Preprocessing:
+    """Return a preprocessing with some values replaced; None leaves one as it is.
+
+    A single number in `mean` or `std` holds for every channel. Raises UsageError for values no
+    image could have.
+    """
+    changes = {k: v for k, v in values.items() if v is not None}
+    if "input_size" in changes:
+        changes["input_size"] = tuple(int(n) for n in changes["input_size"])
+    channels = changes.get("input_size", known.input_size)[0]
+    for key in ("mean", "std"):
+        if key in changes:
+            given = tuple(float(v) for v in changes[key])
+            changes[key] = given * channels if len(given) == 1 else given
+    return replace(known, **changes)

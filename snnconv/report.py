@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,32 @@ from snnconv.checkpoint import SUFFIX, write_atomically
 from snnconv.errors import UsageError
 
 
-def default_path(checkpoint: Path, evaluation: dict[str, Any] | None = None) -> Path:
-    """Name the report of a checkpoint, or of one way to evaluate it."""
+def default_path(checkpoint: Path, kind: str, settings: Sequence[str] = ()) -> Path:
+    """Name the report of a kind (`convert`, `eval`) beside its checkpoint, with its settings."""
     name = checkpoint.name.removesuffix(SUFFIX)
-    if evaluation is None:
-        return checkpoint.with_name(f"{name}.convert.json")
-    keys = ("schedule", "neuron")
-    parts = [f"T{evaluation['timesteps']}", *(str(evaluation[key]) for key in keys)]
-    return checkpoint.with_name(f"{name}.{'-'.join(parts)}.eval.json")
+    parts = [name, *(["-".join(settings)] if settings else []), kind, "json"]
+    return checkpoint.with_name(".".join(parts))
 
 
-def require_writable(path: Path, force: bool, schema: str = "") -> None:
+def require_writable(path: Path, force: bool, replaces: Mapping[str, Any] | None = None) -> None:
     """Raise UsageError unless a file may be written: its folder is there, and it is not.
 
-    With `schema`, an existing report of that kind may be replaced: it is the tool's own.
+    An existing report with the values of `replaces` is the tool's own and may be replaced.
     """
     if not path.parent.is_dir():
         raise UsageError(f"{path.parent}: no such folder for the output")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not force and not (schema and _schema(path) == schema):
+    if path.exists() and not force and not (replaces and _has(path, replaces)):
         raise UsageError(f"{path} exists; give --force to overwrite it, or another --output")
 
 
-def _schema(path: Path) -> str:
+def _has(path: Path, values: Mapping[str, Any]) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    return str(found.get("schema", "")) if isinstance(found, dict) else ""
+        return False
+    return isinstance(found, dict) and all(found.get(k) == v for k, v in values.items())
 
 
 def write(path: Path, contents: dict[str, Any], command: Sequence[str]) -> None:

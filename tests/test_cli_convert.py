@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
+from snnconv.checkpoint import load_network
 from snnconv.cli.main import run
 
 DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "--quiet"]
@@ -57,7 +60,7 @@ def test_convert_then_eval_then_inspect(capsys: pytest.CaptureFixture[str]) -> N
     assert evaluation["ann"]["source"] == "stored"
     assert evaluation["ann"]["images"] == 40
     assert evaluation["partial"] and evaluation["images"] == 60
-    report = json.loads(Path("digits.T7-drain-signed.eval.json").read_text())
+    report = json.loads(Path("digits.T7-drain-signed-limit60.eval.json").read_text())
     assert {k: report[k] for k in evaluation} == evaluation
     assert report["command"].startswith("snnconv eval --data zoo:digits")
 
@@ -166,17 +169,143 @@ def test_bad_input_gets_one_line_and_a_code(
     assert list(own_folder.iterdir()) == []
 
 
-def test_data_of_another_size_or_network_is_refused(
+def arrays(folder: Path, size: int, channels: int, classes: int, count: int = 12) -> None:
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        images = generator.integers(0, 256, (count, size, size, channels), dtype=np.uint8)
+        np.savez(folder / f"{split}.npz", images=images, labels=np.arange(count) % classes)
+
+
+def test_images_of_another_size_are_resized_and_it_is_said(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
-    import numpy as np
+    arrays(own_folder / "d", 9, 1, 10)
+    assert run(["convert", "zoo:digits", "--data", "d", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "images of 9x9 are resized to the network's 8x8" in err
+    assert json.loads(out)["preprocessing"]["input_size"] == [1, 8, 8]
 
-    for split in ("train", "test"):
-        images = np.zeros((4, 9, 9, 1), dtype=np.uint8)
-        np.savez(own_folder / f"{split}.npz", images=images, labels=np.arange(4))
-    assert run(["convert", "zoo:digits", "--data", ".", "-q"]) == 1
-    assert "images are 9x9x1, the network takes 8x8x1" in capsys.readouterr().err
+
+def test_data_of_another_network_are_refused(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    arrays(own_folder / "d", 8, 1, 11)
+    assert run(["convert", "zoo:digits", "--data", "d", "-q"]) == 1
+    assert "the network has 10 classes" in capsys.readouterr().err
+    for k in range(6):
+        folder = own_folder / "e" / "abc"[k % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / f"{k}.png")
+    assert run(["convert", "zoo:digits", "--data", "e", "-q"]) == 1
+    assert "there are 3 classes (a, b, c" in capsys.readouterr().err
     assert not list(own_folder.glob("*.snn.safetensors"))
+
+
+def test_the_three_lines_work_as_they_stand(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    """A state dict for ten classes names no image size; that of the images is taken."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_resnet", num_classes=10).state_dict(), "test_resnet.pt")
+    arrays(own_folder / "d", 32, 3, 10)
+    Path("snnconv.toml").write_text('data = "d"\n[convert]\ncalibration-images = 8\n')
+    assert run(["convert", "test_resnet.pt"]) == 0
+    out, err = capsys.readouterr()
+    assert "taking the images' own, 32x32" in err
+    assert "3x32x32, mean" in out and "8 train images" in out
+    assert run(["eval", "--timesteps", "8", "--json"]) == 0
+    found = output(capsys)
+    assert found["timesteps"] == 8
+    assert found["agreement"]["counts_exact"]
+    assert run(["convert", "test_resnet.pt", "--image-size", "40", "--force", "--json"]) == 0
+    assert output(capsys)["preprocessing"]["input_size"] == [3, 40, 40]
+
+
+def test_preprocessing_can_be_overridden(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    torch.save(model.state_dict(), "test_resnet.pt")
+    options = ["--mean", "104,117,123", "--std", "1", "--channels", "bgr", "--image-size", "24x32"]
+    more = ["--crop-pct", "0.9", "--interpolation", "bilinear", "--json"]
+    assert run(["convert", "test_resnet.pt", *options, *more]) == 0
+    found = output(capsys)
+    assert found["preprocessing"] == {
+        "input_size": [3, 24, 32],
+        "mean": pytest.approx([123 / 255, 117 / 255, 104 / 255]),
+        "std": pytest.approx([1 / 255] * 3),
+        "crop_pct": 0.9,
+        "interpolation": "bilinear",
+    }
+    assert found["model"]["channels"] == "bgr"
+    for wrong in (["--mean", "a,b"], ["--std", "0"], ["--image-size", "3x"], ["--mean", "0.1,0.2"]):
+        assert run(["convert", "test_resnet.pt", "--force", *wrong]) == 2
+        assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_bgr_network_and_its_turned_twin_are_the_same(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=10)
+    torch.save(model.state_dict(), "bgr.pt")
+    first = model.pretrained_cfg["first_conv"]
+    state = model.state_dict()
+    state[f"{first}.weight"] = state[f"{first}.weight"].flip(1)
+    torch.save(state, "rgb.pt")
+    arrays(own_folder / "d", 32, 3, 10)
+    base = ["--arch", "test_resnet", "--data", "d", "-q"]
+    assert run(["convert", "bgr.pt", *base, "--channels", "bgr"]) == 0
+    assert run(["convert", "rgb.pt", *base]) == 0
+    one, two = (load_network(Path(f"{n}.snn.safetensors")) for n in ("bgr", "rgb"))
+    for a, b in zip(one.populations, two.populations, strict=True):
+        assert torch.equal(a.branches[0].weight, b.branches[0].weight)
+    capsys.readouterr()
+    assert run(["eval", "bgr.snn.safetensors", "--data", "d", "--ann", "bgr.pt", "--json"]) == 0
+    found = output(capsys)
+    assert found["ann"]["source"] == "measured"
+
+
+def test_recipes_say_what_a_file_does_not(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    from snnconv.model_zoo import register
+
+    register()
+    torch.manual_seed(0)
+    torch.save(timm.create_model("squeezenet1_0", num_classes=10).state_dict(), "weights.pt")
+    assert run(["check", "weights.pt", "--recipe", "squeezenet1_0_caffe", "--json"]) == 0
+    assert output(capsys)["model"]["name"] == "squeezenet1_0"
+    Path("mine.toml").write_text('arch = "squeezenet1_0"\n[preprocessing]\ninput_sise = 3\n')
+    assert run(["check", "weights.pt", "--recipe", "mine.toml"]) == 2
+    assert "did you mean input_size" in capsys.readouterr().err
+    assert run(["check", "weights.pt", "--recipe", "squeezenet"]) == 2
+    assert "did you mean squeezenet1_0_caffe" in capsys.readouterr().err
+
+
+def test_one_part_of_data_is_measured_where_it_did_not_calibrate(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    np.savez(own_folder / "all.npz", images=images, labels=np.arange(30) % 10)
+    options = ["--data", "all.npz", "--calibration-images", "10", "--seed", "5"]
+    assert run(["convert", "zoo:digits", *options, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "10 of 30 images, drawn with seed 5, calibrate, the rest is measured" in err
+    assert json.loads(out)["model"]["ann"]["images"] == 20
+    assert run(["eval", "--data", "all.npz", "--json", "-q"]) == 0
+    found = output(capsys)
+    assert found["images"] == 20 and not found["partial"]
+    assert found["ann"]["source"] == "stored"
+    np.savez(own_folder / "other.npz", images=255 - images, labels=np.arange(30) % 10)
+    assert run(["eval", "--data", "other.npz", "--json", "-q"]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert run(["eval", "--data", "other.npz", "--json", "-q", "--force"]) == 0
+    found = output(capsys)
+    assert found["images"] == 30 and found["ann"] is None
 
 
 def test_a_network_that_cannot_spike_is_refused_with_all_reasons(
@@ -240,6 +369,6 @@ def test_eval_does_not_overwrite_what_is_not_its_own(
     Path("mine.json").write_text("{}")
     assert run([*base, "-o", "mine.json"]) == 2
     assert Path("mine.json").read_text() == "{}"
-    Path("digits.T7-drain-signed.eval.json").write_text("notes")
+    Path("digits.T7-drain-signed-limit9.eval.json").write_text("notes")
     assert run(base) == 2
     assert "--force" in capsys.readouterr().err

@@ -185,22 +185,74 @@ def test_the_group_lists_every_command_without_importing_it() -> None:
         assert short in text
 
 
-def test_data_flag_then_environment_then_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict]:
+    """Run a command `boom` in an empty folder, and return the values its options got."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SNNCONV_DATA", raising=False)
+    seen: dict = {}
+
+    @options.command("boom", example="snnconv boom")
+    @options.data_option
+    @options.seed_option
+    @options.device_option
+    @click.option("--batch-size", type=click.IntRange(min=1), default=4)
+    @options.json_option
+    @options.verbosity_options
+    def command(**values: object) -> None:
+        """Remember."""
+        seen.update(values)
+
+    monkeypatch.setitem(COMMANDS, "boom", ("boom", "Remember."))
+    monkeypatch.setitem(sys.modules, "snnconv.cli.boom", SimpleNamespace(command=command))
+
+    def ask(*arguments: str) -> dict:
+        seen.clear()
+        seen["code"] = run(["boom", *arguments])
+        return seen
+
+    return ask
+
+
+def test_a_flag_then_the_environment_then_settings(
+    asked: Callable[..., dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SNNCONV_DATA", raising=False)
-    assert options.resolve_data(None) is None
-    Path("snnconv.toml").write_text('data = "from-file"\n')
-    assert options.resolve_data(None) == "from-file"
+    assert asked()["data"] is None
+    Path("snnconv.toml").write_text(
+        'data = "from-file"\nseed = 7\n[boom]\nbatch-size = 9\n[eval]\ntimesteps = 5\n'
+    )
+    values = asked()
+    assert (values["data"], values["seed"], values["batch_size"]) == ("from-file", 7, 9)
     monkeypatch.setenv("SNNCONV_DATA", "from-environment")
-    assert options.resolve_data(None) == "from-environment"
-    assert options.require_data("from-flag") == "from-flag"
+    values = asked("--seed", "3")
+    assert (values["data"], values["seed"]) == ("from-environment", 3)
+    assert asked("--data", "from-flag")["data"] == "from-flag"
 
 
-def test_no_data_names_the_three_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SNNCONV_DATA", raising=False)
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data = [", "not valid TOML"),
+        ("data = 3", "must be a text"),
+        ('data = ""', "must be a text"),
+        ("sede = 3", "sede; did you mean seed?"),
+        ("[boom]\nbacth-size = 3", "did you mean batch-size?"),
+        ("[boom]\nbatch-size = 0", "--batch-size"),
+        ("seed = -1", "--seed"),
+        ("boom = 3", "must be a table"),
+    ],
+)
+def test_bad_settings_are_a_usage_error(
+    asked: Callable[..., dict], text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("snnconv.toml").write_text(text)
+    assert asked()["code"] == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert asked("--help")["code"] == 0
+
+
+def test_no_data_names_the_three_ways() -> None:
     with pytest.raises(UsageError) as caught:
         options.require_data(None)
     assert caught.value.exit_code == 2
@@ -209,15 +261,19 @@ def test_no_data_names_the_three_ways(tmp_path: Path, monkeypatch: pytest.Monkey
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["data = [", "data = 3", 'data = ""'])
-def test_bad_settings_are_a_usage_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SNNCONV_DATA", raising=False)
-    Path("snnconv.toml").write_text(text)
-    with pytest.raises(UsageError, match=r"snnconv\.toml"):
-        options.resolve_data(None)
+@pytest.mark.parametrize(
+    ("words", "expected"), [("snnconv con", "convert"), ("snnconv convert zoo:", "zoo:digits")]
+)
+def test_the_shell_completes(words: str, expected: str) -> None:
+    environment = {
+        **os.environ,
+        "_SNNCONV_COMPLETE": "bash_complete",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    command = [sys.executable, "-m", "snnconv.cli.main"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert expected in done.stdout
 
 
 def test_newest_checkpoint_is_the_last_written(
@@ -237,8 +293,9 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert options.resolve_device("auto") == "cpu"
-    with pytest.raises(UsageError, match="--device cuda"):
-        options.resolve_device("cuda")
+    for device in ("cuda", "mps"):
+        with pytest.raises(UsageError, match=f"--device {device}"):
+            options.resolve_device(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert options.resolve_device("auto") == "cuda"
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from snnconv.data import check_labels, choose_indices, open_data
+from snnconv.data import ImageData, check_labels, choose_indices, open_data, open_held_out
 from snnconv.errors import DataError, UsageError
 from snnconv.preprocess import Preprocessing
 
@@ -44,16 +44,19 @@ def test_arrays_come_in_order(tmp_path: Path) -> None:
     assert (first.dtype, second.shape) == (torch.uint8, (1, 3, 8, 8))
 
 
-def test_the_hash_tells_data_apart(tmp_path: Path) -> None:
+def test_the_hash_tells_images_apart_and_covers_those_that_are_used(tmp_path: Path) -> None:
     one, two = tmp_path / "1", tmp_path / "2"
     for folder in (one, two):
         folder.mkdir()
         arrays(folder, train=4, test=4)
-    assert open_data(str(one), "test").sha256 == open_data(str(two), "test").sha256
+    same = open_data(str(one), "test"), open_data(str(two), "test")
+    assert same[0].sha256(range(4)) == same[1].sha256(range(4)) != same[0].sha256([0, 1])
     changed = pixels(4)
     changed[0, 0, 0, 0] ^= 1
     np.savez(two / "test.npz", images=changed, labels=np.arange(4) % 3)
-    assert open_data(str(one), "test").sha256 != open_data(str(two), "test").sha256
+    other = open_data(str(two), "test")
+    assert other.sha256(range(4)) != same[0].sha256(range(4))
+    assert other.sha256([1, 2, 3]) == same[0].sha256([1, 2, 3])
 
 
 def test_image_folders_are_resized_as_timm_does(tmp_path: Path) -> None:
@@ -71,17 +74,42 @@ def test_image_folders_are_resized_as_timm_does(tmp_path: Path) -> None:
     assert data.class_names == ("a", "b")
 
 
-def test_a_folder_without_splits_is_split_once_and_says_so(tmp_path: Path) -> None:
-    folder = str(image_folder(tmp_path, 20))
-    train, test = open_data(folder, "train"), open_data(folder, "test")
-    assert (len(train), len(test)) == (16, 4)
-    assert "seed 0" in test.note
-    seen = [
-        tuple(x.flatten().tolist())
-        for d in (train, test)
-        for x, _ in d.batches(SMALL, range(len(d)), 1)
-    ]
-    assert len(set(seen)) == 20
+def contents(data: ImageData) -> set[tuple]:
+    return {tuple(x.flatten().tolist()) for x, _ in data.batches(SMALL, range(len(data)), 1)}
+
+
+@pytest.mark.parametrize("layout", ["classes", "val", "npz", "train_only"])
+def test_one_part_is_divided_by_the_seed_and_says_so(layout: str, tmp_path: Path) -> None:
+    source = tmp_path
+    if layout == "npz":
+        np.savez(tmp_path / "all.npz", images=pixels(20), labels=np.arange(20) % 2)
+        source = tmp_path / "all.npz"
+    elif layout == "train_only":
+        arrays(tmp_path, train=20)
+    else:
+        image_folder(tmp_path / "val" if layout == "val" else tmp_path, 20)
+    drawn = {"calibration_images": 6, "seed": 3}
+    train, test = (open_data(str(source), s, **drawn) for s in ("train", "test"))
+    assert (len(train), len(test)) == (6, 14)
+    assert "6 of 20 images, drawn with seed 3" in test.note
+    assert len(contents(train) | contents(test)) == 20
+    again = open_data(str(source), "train", **drawn)
+    other = open_data(str(source), "train", calibration_images=6, seed=4)
+    assert contents(again) == contents(train) != contents(other)
+    # Never more than half of it calibrates, and nothing if nothing calibrates.
+    assert len(open_data(str(source), "test", calibration_images=1000)) == 10
+    assert len(open_data(str(source), "test", calibration_images=0)) == 20
+
+
+def test_what_calibrated_is_left_out_of_the_same_data_only(tmp_path: Path) -> None:
+    folder = str(image_folder(tmp_path / "1", 20))
+    train = open_data(folder, "train", calibration_images=6, seed=3)
+    on = {"images": 6, "seed": 3, "data_sha256": train.sha256(range(6))}
+    assert len(open_held_out(folder, "test", on)) == 14
+    assert len(open_held_out(folder, "test", None)) == 20
+    other = str(image_folder(tmp_path / "2", 22, 21, 31))
+    assert len(open_held_out(other, "test", on)) == 22
+    assert len(open_held_out("zoo:digits", "test", on)) == 500
 
 
 def test_grey_images_serve_a_network_of_one_channel(tmp_path: Path) -> None:
@@ -94,7 +122,7 @@ def test_grey_images_serve_a_network_of_one_channel(tmp_path: Path) -> None:
 def test_the_digits_are_split_without_overlap() -> None:
     train, test = open_data("zoo:digits", "train"), open_data("zoo:digits", "test")
     assert (len(train), len(test)) == (1297, 500)
-    assert train.sha256 != test.sha256
+    assert train.sha256(range(5)) != test.sha256(range(5))
 
 
 def test_indices_are_drawn_with_a_seed() -> None:
@@ -134,24 +162,64 @@ def test_missing_empty_and_damaged_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(b"junk")
     with pytest.raises(DataError, match="damaged"):
         open_data(str(tmp_path / "a.npz"), "test")
-    arrays(tmp_path, train=3)
-    with pytest.raises(DataError, match=r"no test\.npz"):
-        open_data(str(tmp_path), "test")
     with pytest.raises(UsageError, match="zoo:digits"):
         open_data("zoo:faces", "test")
 
 
-def test_a_damaged_image_is_named(tmp_path: Path) -> None:
-    folder = image_folder(tmp_path / "test", 2).parent
-    (folder / "test" / "a" / "0.png").write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"0\.png"):
-        list(open_data(str(folder), "test").batches(SMALL, [0, 1], 2))
+def test_unreadable_images_are_named_and_too_many_refused(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "test", 200)
+    image_folder(tmp_path / "train", 2)
+    (folder / "a" / "0.png").write_bytes(b"junk")
+    whole = (folder / "b" / "1.png").read_bytes()
+    (folder / "b" / "1.png").write_bytes(whole[:200])
+    data = open_data(str(tmp_path), "test")
+    batches = list(data.batches(SMALL, range(200), 50))
+    assert sum(len(x) for x, _ in batches) == sum(len(y) for _, y in batches) == 198
+    assert len(data.unreadable) == 2 and "0.png" in data.unreadable[0]
+    (folder / "b" / "3.png").write_bytes(b"")
+    with pytest.raises(DataError, match="images cannot be read") as raised:
+        list(open_data(str(tmp_path), "test").batches(SMALL, range(200), 50))
+    assert len(raised.value.problems) == 3
 
 
-def test_images_and_labels_must_fit_the_network(tmp_path: Path) -> None:
+def test_a_picture_of_absurd_size_is_unreadable(tmp_path: Path) -> None:
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
+
+    head = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    image_folder(tmp_path / "test", 2)
+    image_folder(tmp_path / "train", 2)
+    (tmp_path / "test" / "a" / "0.png").write_bytes(bomb)
+    with pytest.raises(DataError, match="cannot be read"):
+        list(open_data(str(tmp_path), "test").batches(SMALL, range(2), 2))
+
+
+def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+    image_folder(tmp_path / "train", 4)
+    image_folder(tmp_path / "test", 4)
+    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
+    with pytest.raises(DataError, match="other classes: b, c"):
+        open_data(str(tmp_path), "test")
+
+
+def test_images_of_another_size_are_resized_as_timm_does(tmp_path: Path) -> None:
     data = open_data(str(arrays(tmp_path, train=4, test=4)), "test")
-    with pytest.raises(DataError, match="images are 8x8x3, the network takes 9x9x3"):
-        next(data.batches(Preprocessing((3, 9, 9), SMALL.mean, SMALL.std), [0], 1))
+    larger = Preprocessing((3, 12, 12), SMALL.mean, SMALL.std, 1.0, "bilinear")
+    ((batch, _),) = data.batches(larger, [2], 1)
+    transform = create_transform((3, 12, 12), interpolation="bilinear", crop_pct=1.0)
+    expected = np.asarray(Image.fromarray(pixels(4)[2]).resize((12, 12), Image.BILINEAR))
+    assert transform is not None
+    assert np.array_equal(batch[0].numpy().transpose(1, 2, 0), expected)
+
+
+def test_labels_must_fit_the_network(tmp_path: Path) -> None:
+    data = open_data(str(arrays(tmp_path, train=4, test=4)), "test")
     check_labels(data, 3)
     with pytest.raises(DataError, match="from 0 to 2, the network has 2 classes"):
         check_labels(data, 2)

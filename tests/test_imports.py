@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 # A module may import from its own row and from the rows above it.
 LAYERS = [
     {"errors", "preprocess", "ops"},
+    {"recipe"},
     {"graph", "load"},
     {"operations"},
     {"plan"},
@@ -33,7 +34,7 @@ LAYERS = [
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
 # Beside the rows: all they may import. Names in LAZY only inside a function.
 ASIDE = {"data": {"errors", "preprocess"}}
-LAZY = {"data": {"model_zoo"}, "load": {"model_zoo"}}
+LAZY = {"data": {"model_zoo"}, "load": {"model_zoo"}, "recipe": {"model_zoo"}}
 # What verify must not share with the code it judges.
 APART = {"verify": {"engine", "ops", "operations", "folding", "normalize"}}
 ZOO = {"timm", "torch", "numpy", "sklearn", "safetensors"}

@@ -8,10 +8,10 @@ import torch
 from networks import PREPROCESSING, converted, images
 
 from snnconv.data import ImageData
+from snnconv.data.arrays import from_arrays
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import DataError, UsageError
 from snnconv.measure import evaluate, top1_percent, wilson_interval
-from snnconv.preprocess import Preprocessing
 
 COUNT = 24
 
@@ -21,10 +21,7 @@ def data(labels: np.ndarray | None = None) -> ImageData:
     if labels is None:
         labels = np.arange(COUNT) % 5
 
-    def read(indices: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-        return pixels[indices]
-
-    return ImageData("noise", "test", labels, None, "0" * 64, "", read)
+    return from_arrays("noise", "test", pixels.transpose(0, 2, 3, 1), labels)
 
 
 def settled_labels() -> np.ndarray:
@@ -118,5 +115,6 @@ def test_interval_and_top1() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return torch.eye(5)[torch.zeros(len(x), dtype=torch.int64)]
 
-    share = top1_percent(forward, data(labels), PREPROCESSING, np.arange(COUNT))
+    share, count = top1_percent(forward, data(labels), PREPROCESSING, np.arange(COUNT))
+    assert count == COUNT
     assert share == pytest.approx(100 * float((labels == 0).mean()))

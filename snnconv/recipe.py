@@ -1,0 +1,104 @@
+"""Recipes: what a checkpoint file does not say about its network, as TOML.
+
+    arch = "squeezenet1_0"
+    description = "..."
+    reference = "..."
+    [model_args]              # passed to the network's constructor
+    [preprocessing]           # any of: input_size mean std scale crop_pct interpolation channels
+
+`mean` and `std` hold for pixels from 0 to `scale` (default 1), in the order red, green, blue;
+`channels = "bgr"` says that the weights of the first convolution have the other order.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from snnconv.errors import UsageError
+from snnconv.preprocess import Preprocessing, overridden
+
+KEYS = ("arch", "description", "reference", "model_args", "preprocessing")
+PREPROCESSING_KEYS = (
+    "input_size", "mean", "std", "scale", "crop_pct", "interpolation", "channels",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to read checkpoints of one kind."""
+
+    name: str
+    arch: str
+    description: str = ""
+    reference: str = ""
+    model_args: dict[str, Any] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> str:
+        """Return the order of the weights' input channels, `rgb` or `bgr`."""
+        return str(self.preprocessing.get("channels", "rgb"))
+
+    def applied(self, known: Preprocessing) -> Preprocessing:
+        """Return a network's preprocessing with what the recipe says put in."""
+        values = {k: v for k, v in self.preprocessing.items() if k not in ("scale", "channels")}
+        scale = float(self.preprocessing.get("scale", 1))
+        for key in ("mean", "std"):
+            if key in values:
+                values[key] = tuple(float(v) / scale for v in values[key])
+        return overridden(known, **values)
+
+
+def folder() -> Path:
+    """Return where the package's own recipes lie."""
+    from snnconv import model_zoo
+
+    return Path(model_zoo.__path__[0]) / "recipes"
+
+
+def names() -> list[str]:
+    """Name the package's own recipes."""
+    return sorted(p.stem for p in folder().glob("*.toml"))
+
+
+def read_recipe(name: str) -> Recipe:
+    """Read a recipe of the package by its name, or a file ending in .toml.
+
+    Raises UsageError for an unknown name, a file that is no TOML, and unknown or missing keys.
+    """
+    path = Path(name) if name.endswith(".toml") else folder() / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise UsageError(f"{name}: no such recipe file")
+        raise UsageError(f"there is no recipe {name!r}{suggestion(name, names())}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    _refuse_unknown(path, values, KEYS)
+    if not isinstance(values.get("arch"), str):
+        raise UsageError(f"{path}: a recipe needs arch, the name of a timm architecture")
+    for key in ("model_args", "preprocessing"):
+        if not isinstance(values.get(key, {}), dict):
+            raise UsageError(f"{path}: {key} must be a table")
+    _refuse_unknown(path, values.get("preprocessing", {}), PREPROCESSING_KEYS)
+    recipe = Recipe(path.stem, **values)
+    if recipe.channels not in ("rgb", "bgr"):
+        raise UsageError(f'{path}: channels must be "rgb" or "bgr", not {recipe.channels!r}')
+    return recipe
+
+
+def _refuse_unknown(path: Path, values: dict[str, Any], known: tuple[str, ...]) -> None:
+    unknown = [k for k in values if k not in known]
+    if unknown:
+        raise UsageError(f"{path}: unknown keys", [f"{k}{suggestion(k, known)}" for k in unknown])
+
+
+def suggestion(name: str, known: Any) -> str:
+    """Return a question about near names, or the list of all."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"
