@@ -32,23 +32,35 @@ def command(
     Exit code 3 if the network cannot be converted.
     """
     from snnconv import __version__
+    from snnconv.errors import NotConvertibleError
+    from snnconv.folding import fold
     from snnconv.graph import trace
-    from snnconv.plan import make_plan
+    from snnconv.pipeline import check_fold
+    from snnconv.plan import ConversionPlan, make_plan
 
     loaded = network.load(source, pretrained=False)
-    plan = make_plan(trace(loaded.model, loaded.preprocessing.input_size))
+    plan = ConversionPlan([], [], {})
+    try:
+        traced = trace(loaded.model, loaded.preprocessing.input_size)
+        plan = make_plan(traced)
+        check_fold(traced, fold(traced, plan))
+        problems = []
+    except NotConvertibleError as error:
+        problems = error.problems or [error.message]
     contents = {
         "schema": "snnconv.check/1",
         "version": __version__,
         "source": source,
         "model": {"name": loaded.name, "args": loaded.model_args},
         **plan.to_dict(),
+        "verdict": "not convertible" if problems else "convertible",
+        "problems": problems,
     }
     if as_json:
         console.emit_json(contents)
     else:
         _print(contents, verbose)
-    return 0 if plan.convertible else NOT_CONVERTIBLE
+    return NOT_CONVERTIBLE if problems else 0
 
 
 def _print(contents: dict[str, Any], verbose: bool) -> None:
@@ -63,10 +75,12 @@ def _print(contents: dict[str, Any], verbose: bool) -> None:
         ("spiking", f"{share['spiking']:g} % of multiply-accumulates"),
     ]
     console.print_table(None, ["", contents["model"]["name"]], summary)
-    if contents["problems"]:
-        rows = [
-            (n["path"], n["operation"], n["reason"], n["remedy"])
-            for n in nodes
-            if n["role"] == "unsupported"
-        ]
+    rows = [
+        (n["path"], n["operation"], n["reason"], n["remedy"])
+        for n in nodes
+        if n["role"] == "unsupported"
+    ]
+    if contents["problems"] and not rows:
+        console.note("\n".join(contents["problems"]))
+    elif rows:
         console.print_table(None, ["in the way", "operation", "reason", "what to do"], rows)

@@ -277,13 +277,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         )
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
+    path.open("rb").close()  # what the system has against it, in its own words
     _refuse_odd_archives(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             contents = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:
+    except Exception as error:  # a damaged file raises anything, also OSError
         raise CheckpointError(f"{path} {_unreadable(path, error)}") from error
     if not isinstance(contents, dict):
         raise CheckpointError(

@@ -61,7 +61,7 @@ def convert(
     traced = trace(model, preprocessing.input_size)
     plan = make_plan(traced)
     qann = fold(traced, plan)
-    _check_fold(traced, qann)
+    check_fold(traced, qann)
     progress("trace", 1, 1)
     batches = None if images is None else (preprocessing.normalize(p) for p in images)
     calibrate_(qann, batches, timesteps, calibration)
@@ -70,7 +70,7 @@ def convert(
     return Conversion(traced, plan, qann, network)
 
 
-def _check_fold(traced: Traced, qann: Qann) -> None:
+def check_fold(traced: Traced, qann: Qann) -> None:
     """Raise NotConvertibleError unless the folded network computes what the traced one does.
 
     Differences come from tensors that are changed in place while others still read them.

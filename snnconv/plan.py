@@ -152,7 +152,7 @@ class ConversionPlan:
             "verdict": "convertible" if self.convertible else "not convertible",
             "mac_share_percent": {
                 "spiking": round(self.spiking_mac_share, 2),
-                "analog": round(100 - self.spiking_mac_share, 2),
+                "analog": round(100 - self.spiking_mac_share, 2) if self.entries else 0.0,
             },
             "nodes": [asdict(e) for e in self.entries],
             "problems": self.problems,

@@ -336,6 +336,15 @@ def test_check_passes_what_converts(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer1.0.conv1" in capsys.readouterr().out
 
 
+def test_check_knows_what_tracing_and_folding_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "vit_tiny_patch16_224", "--image-size", "100", "--json"]) == 3
+    found = output(capsys)
+    assert found["verdict"] == "not convertible" and len(found["problems"]) == 1
+    assert found["mac_share_percent"] == {"spiking": 0.0, "analog": 0.0}
+    assert run(["check", "convnext_atto", "--json"]) == 3
+    assert output(capsys)["mac_share_percent"]["spiking"] < 20
+
+
 def test_an_interrupt_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,6 +40,16 @@ def test_generated_pages_are_current(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_recipe_on_the_data_page_is_one(tmp_path: Path) -> None:
+    from snnconv.recipe import names, read_recipe
+
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    first = next(iter(re.findall(r"```toml\n(.*?)```", page, re.DOTALL)))
+    (tmp_path / "r.toml").write_text(first, encoding="utf-8")
+    assert read_recipe(str(tmp_path / "r.toml")).channels == "bgr"
+    assert all(f"`{name}`" in page and read_recipe(name).description for name in names())
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     pages = [ROOT / "README.md", ROOT / "model_zoo" / "RESULTS.md", *(ROOT / "docs").glob("*.md")]
     for page in pages:
