@@ -1,9 +1,9 @@
-"""Measure how much memory a simulation takes, at several T, each in a process of its own.
+"""Measure how much memory a simulation takes, each in a process of its own.
 
     python benchmarks/memory.py [--output FILE]
 
-The network is a ResNet-20 with random weights; schedule `paper`, so that T steps are run. What is
-reported is the peak resident memory above that of the process before the simulation.
+The networks have random weights; schedule `paper`, so that T steps are run. `extra_mib` is the peak
+resident memory above that of the process before the simulation, `peak_mib` that of the process.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-TIMESTEPS = (8, 32, 128)
 IMAGES = 16
+CASES = (
+    ("cifar_resnet20", 32, 8),
+    ("cifar_resnet20", 32, 32),
+    ("cifar_resnet20", 32, 128),
+    ("resnet18", 224, 31),
+)
 
 
-def measure(timesteps: int) -> float:
-    """Return the MiB that simulating `IMAGES` images adds to this process's peak."""
+def measure(name: str, size: int, timesteps: int) -> dict[str, float]:
+    """Return what simulating `IMAGES` images adds to this process's peak, and the peak, in MiB."""
     import timm
     import torch
 
@@ -31,38 +36,36 @@ def measure(timesteps: int) -> float:
 
     register()
     torch.manual_seed(0)
-    preprocessing = Preprocessing((3, 32, 32), (0.5,) * 3, (0.25,) * 3)
-    model = timm.create_model("cifar_resnet20")
+    preprocessing = Preprocessing((3, size, size), (0.5,) * 3, (0.25,) * 3)
+    model = timm.create_model(name)
     network = convert(model, preprocessing, calibration="bn", timesteps=timesteps).network
-    pixels = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (IMAGES, 3, size, size), dtype=torch.uint8)
     simulate(network, pixels[:1], network.timetable(1, name="paper"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak()
     simulate(network, pixels, network.timetable(name="paper"))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return {"extra_mib": round(_peak() - before, 1), "peak_mib": round(_peak(), 1)}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    """Run every T in a fresh process and print, or write, the report."""
+    """Run every case in a fresh process and print, or write, the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(measure(arguments.one))
+        name, size, timesteps = arguments.one
+        print(json.dumps(measure(name, int(size), int(timesteps))))
         return
-    extra = {}
-    for timesteps in TIMESTEPS:
-        command = [sys.executable, __file__, "--one", str(timesteps)]
-        extra[timesteps] = float(subprocess.run(command, capture_output=True, check=True).stdout)
-    report = {
-        "benchmark": "memory",
-        "network": "cifar_resnet20, random weights, 32x32",
-        "engine": "counts",
-        "schedule": "paper",
-        "images": IMAGES,
-        "extra_mib": {f"T{t}": round(v, 1) for t, v in extra.items()},
-        "growth_over_T8": {f"T{t}": round(v / extra[8], 2) for t, v in extra.items()},
-    }
+    rows = []
+    for case in CASES:
+        command = [sys.executable, __file__, "--one", *map(str, case)]
+        found = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+        rows.append(dict(zip(("network", "pixels", "timesteps"), case, strict=True)) | found)
+    report = {"benchmark": "memory", "engine": "counts", "images": IMAGES, "cases": rows}
     text = json.dumps(report, indent=2)
     print(text)
     if arguments.output:

@@ -32,7 +32,7 @@ def main(args: list[str]) -> int:
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    table = _table(_COLUMNS, [e for e in evaluations if e["neuron"] == "signed"])
+    table = _table(_COLUMNS, [e for e in evaluations if _main(e)])
     texts = {
         RESULTS: _results(evaluations, conversions),
         README: f"{before}{BEGIN}\n{table}{END}{after}",
@@ -45,6 +45,11 @@ def main(args: list[str]) -> int:
     for path in stale:
         path.write_text(texts[path], encoding="utf-8")
     return 0
+
+
+def _main(evaluation: dict[str, Any]) -> bool:
+    """Return whether a row belongs into README's short table."""
+    return evaluation["neuron"] == "signed" and not evaluation["partial"]
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:
@@ -85,6 +90,7 @@ _ALL_COLUMNS = {
     **dict(list(_COLUMNS.items())[3:6]),
     "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
     **dict(list(_COLUMNS.items())[6:]),
+    "images": lambda e: f"{e['images']:,}",
     "ms per image": lambda e: f"{e['wall_ms_per_image']:.1f}",
     "report": lambda e: f"[json](results/{e['report']})",
 }
@@ -123,7 +129,7 @@ def _conversion(report: dict[str, Any]) -> str:
 
 def _images(rows: list[dict[str, Any]]) -> str:
     """Say which images, and on what machine, the rows were measured."""
-    sets = sorted({f"{e['images']:,} {e['split']} images of {e['data']}" for e in rows})
+    sets = sorted({f"{e['split']} images of {e['data']}" for e in rows})
     places = sorted({f"{e['device']}, {e['threads']} threads, {e['engine']} engine" for e in rows})
     return f"Measured on {'; '.join(sets)} ({'; '.join(places)})."
 

@@ -95,13 +95,13 @@ class ImageData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels uint8 `[n, C, H, W]` and labels int64 `[n]` in the order of `indices`.
 
-        Without a `batch_size` it is 256, or fewer for images of more than 70 pixels. Images that
+        Without a `batch_size` it is 100, or fewer for images of more than 118 pixels. Images that
         cannot be read are left out and their names kept in `unreadable`. Raises DataError once they
         are more than one in a hundred of those asked for.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if batch_size is None:
-            batch_size = max(1, min(256, BATCH_NUMBERS // math.prod(preprocessing.input_size)))
+            batch_size = max(1, min(100, BATCH_NUMBERS // math.prod(preprocessing.input_size)))
         failed = 0
         for start in range(0, len(indices), batch_size):
             kept, pixels = [], []
