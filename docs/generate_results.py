@@ -21,7 +21,8 @@ Written by `make docs` from the reports in [results](results); do not edit.
 Every row is one report. All were measured with snnconv on the images named, none was tuned on
 them. *Latency* is in time steps and assumes that spikes travel without delay within a step; in
 brackets, for clocked hardware with one step per hop. *Counts* is the share of spike counts that
-equal the quantised ANN's integers at the end of the run. Intervals are Wilson's at 95 %.
+equal the quantised ANN's integers at the end of the run. Intervals are Wilson's at 95 %. *ms per
+image* was taken on a machine that did other work besides: no figure to compare by.
 """
 
 
