@@ -62,7 +62,7 @@ def test_the_hash_tells_images_apart_and_covers_those_that_are_used(tmp_path: Pa
 def test_image_folders_are_resized_as_timm_does(tmp_path: Path) -> None:
     preprocessing = Preprocessing((3, 16, 16), (0.5,) * 3, (0.25,) * 3, 0.875, "bicubic")
     folder = image_folder(tmp_path / "test", 4).parent
-    data = open_data(str(folder), "test")
+    data = open_data(str(folder), "test", calibration_images=0)
     transform = create_transform(
         (3, 16, 16), interpolation="bicubic", crop_pct=0.875, mean=(0.5,) * 3, std=(0.25,) * 3
     )
@@ -114,7 +114,7 @@ def test_what_calibrated_is_left_out_of_the_same_data_only(tmp_path: Path) -> No
 
 def test_grey_images_serve_a_network_of_one_channel(tmp_path: Path) -> None:
     grey = Preprocessing((1, 8, 8), (0.5,), (0.5,))
-    data = open_data(str(image_folder(tmp_path / "test", 2).parent), "test")
+    data = open_data(str(image_folder(tmp_path, 2)), "test", calibration_images=0)
     ((batch, _),) = data.batches(grey, [0, 1], 2)
     assert batch.shape == (2, 1, 8, 8)
 
@@ -200,12 +200,15 @@ def test_a_picture_of_absurd_size_is_unreadable(tmp_path: Path) -> None:
         list(open_data(str(tmp_path), "test").batches(SMALL, range(2), 2))
 
 
-def test_splits_with_other_classes_are_refused(tmp_path: Path) -> None:
+def test_classes_have_one_number_over_all_splits(tmp_path: Path) -> None:
     image_folder(tmp_path / "train", 4)
     image_folder(tmp_path / "test", 4)
-    (tmp_path / "test" / "b").rename(tmp_path / "test" / "c")
-    with pytest.raises(DataError, match="other classes: b, c"):
-        open_data(str(tmp_path), "test")
+    (tmp_path / "test" / "a").rename(tmp_path / "test" / "c")
+    train, test = open_data(str(tmp_path), "train"), open_data(str(tmp_path), "test")
+    assert train.class_names == test.class_names == ("a", "b", "c")
+    assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 1, 1], [1, 1, 2, 2])
+    with pytest.raises(DataError, match="there are 3 classes"):
+        check_labels(train, 2)
 
 
 def test_images_of_another_size_are_resized_as_timm_does(tmp_path: Path) -> None:

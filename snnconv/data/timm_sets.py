@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from snnconv.data.folders import read_folder
 from snnconv.data.images import ImageData, UnreadableImage, to_pixels
 from snnconv.errors import DataError
 from snnconv.preprocess import Preprocessing
@@ -22,9 +24,12 @@ def is_timm_set(source: str) -> bool:
 def read_timm(source: str) -> dict[str, ImageData]:
     """Open `NAME` or `NAME@ROOT`; nothing is downloaded unless the name is one of a hub.
 
-    Raises DataError, with timm's own message, if it cannot be opened.
+    `torch/image_folder@ROOT` is the folder itself. Raises DataError, with timm's own message, if it
+    cannot be opened.
     """
     name, _, root = source.partition("@")
+    if name == "torch/image_folder":  # timm takes the root itself for a split it does not find
+        return read_folder(Path(root))
     found = {}
     problems = []
     for split, names in SPLIT_NAMES.items():
