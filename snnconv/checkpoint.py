@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnconv.errors import CheckpointError, UsageError
+from snnconv.errors import CheckpointError, UsageError, first_line
 from snnconv.network import (
     Image,
     Node,
@@ -158,14 +158,10 @@ def load_network(path: Path) -> SpikingNetwork:
     except CheckpointError:
         raise
     except Exception as error:  # a file may be wrong in any way there is
-        what = f"no {error}" if isinstance(error, KeyError) else _first_line(error)
+        what = f"no {error}" if isinstance(error, KeyError) else first_line(error)
         raise CheckpointError(
             f"{path} is inconsistent: {what}; convert the network again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -45,3 +45,8 @@ class NotEqualError(SnnconvError):
     """The spiking network differs from its quantised ANN (exit code 3)."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign error's text, or its type if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from snnconv.errors import NotConvertibleError
+from snnconv.errors import NotConvertibleError, first_line
 
 # Tracing and folding reorder float additions; anything beyond this is another function.
 TRACE_TOLERANCE = 1e-3
@@ -172,7 +172,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
     except Exception as error:
         size = "x".join(map(str, input_size))
         raise NotConvertibleError(
-            f"the network does not run on an input of {size}: {_first_line(error)}"
+            f"the network does not run on an input of {size}: {first_line(error)}"
         ) from error
     try:
         expanded = expand_leaves(model, example).float()
@@ -182,7 +182,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
         traced = fx.GraphModule(expanded, graph)
     except Exception as error:
         raise NotConvertibleError(
-            f"torch.fx cannot trace {type(model).__name__}: {_first_line(error)}; "
+            f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}; "
             "control flow that depends on the data must be taken out of forward()"
         ) from error
     traced.graph.eliminate_dead_code()
@@ -233,7 +233,3 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     """Return the relative distance `|actual - expected| / |expected|` of two tensors (L2)."""
     scale = expected.double().norm().clamp_min(1e-12)
     return float((actual.double() - expected.double()).norm() / scale)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnconv.errors import CheckpointError, UsageError
+from snnconv.errors import CheckpointError, UsageError, first_line
 from snnconv.preprocess import Preprocessing, overridden
 from snnconv.recipe import Recipe
 
@@ -163,7 +163,7 @@ def _create(arch: str, args: dict[str, Any], **options: Any) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(arch, **options, **args)
     except (TypeError, ValueError, AssertionError, AttributeError, KeyError) as error:
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
         raise UsageError(f"{arch} cannot be built with {_spell(args)}: {line}") from error
     return model
 
@@ -183,7 +183,7 @@ def _from_timm(name: str, args: dict[str, Any], pretrained: bool) -> LoadedModel
     except UsageError:
         raise
     except Exception as error:  # whatever a download can raise
-        line = next(iter(str(error).splitlines()), type(error).__name__)
+        line = first_line(error)
         raise CheckpointError(
             f"the weights of {name} could not be fetched: {line.rstrip('.')}; download the "
             "checkpoint elsewhere and give the file"

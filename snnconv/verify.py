@@ -482,7 +482,7 @@ def _bias(oracle: _Oracle, planned: Neurons | Output, keys: set[Key]) -> Tensor:
         on_counts = isinstance(planned, Neurons) and site.name == planned.name
         constant = _constant(oracle, oracle.inputs(site)[0] if on_counts else site)
         return torch.zeros(rows, dtype=torch.float64) if constant is None else constant
-    return _silent(oracle, oracle.fx[planned.site], (), keys, rows)
+    return _silent(oracle, site, (), keys, rows)
 
 
 def _silent(oracle: _Oracle, node: fx.Node, trail: Key, keys: set[Key], rows: int) -> Tensor:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snnconv.errors import DataError
+from snnconv.errors import DataError, first_line
 from snnconv.preprocess import Preprocessing
 
 # More unreadable images than this share of those asked for, and the data are refused.
@@ -199,7 +199,7 @@ class FileImages:
         except DataError:
             raise
         except Exception as error:  # decoders raise whatever they like on damaged files
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise UnreadableImage(f"{file}: {reason}") from error
 
     def update(self, digest: Any, indices: np.ndarray) -> None:

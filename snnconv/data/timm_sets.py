@@ -9,7 +9,7 @@ import numpy as np
 
 from snnconv.data.folders import read_folder
 from snnconv.data.images import ImageData, UnreadableImage, to_pixels
-from snnconv.errors import DataError
+from snnconv.errors import DataError, first_line
 from snnconv.preprocess import Preprocessing
 
 PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
@@ -38,7 +38,7 @@ def read_timm(source: str) -> dict[str, ImageData]:
                 found[split] = _open(name, root or None, split, spelling)
                 break
             except Exception as error:  # each backend raises its own
-                text = next(iter(str(error).splitlines()), type(error).__name__)
+                text = first_line(error)
                 problems.append(f"{spelling}: {text}")
     if not found:
         raise DataError(f"{source}: timm cannot open it", list(dict.fromkeys(problems)))
