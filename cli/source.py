@@ -181,7 +181,7 @@ _OPTIONS = (
     click.option(
         "--recipe",
         metavar="NAME|FILE",
-        help="What the file does not say: architecture, arguments, preprocessing (see zoo).",
+        help="What the file does not say: architecture, arguments, preprocessing (docs/data.md).",
     ),
     click.option(
         "--image-size",
