@@ -21,8 +21,10 @@ Written by `make docs` from the reports in [results](results); do not edit.
 Every row is one report. All were measured with snnconv on the images named, none was tuned on
 them. *Latency* is in time steps and assumes that spikes travel without delay within a step; in
 brackets, for clocked hardware with one step per hop. *Counts* is the share of spike counts that
-equal the quantised ANN's integers at the end of the run. Intervals are Wilson's at 95 %. *ms per
-image* was taken on a machine that did other work besides: no figure to compare by.
+equal the quantised ANN's integers at the end of the run. *Epochs* are those of retraining; 0 is
+training-free conversion. Intervals are Wilson's at 95 %. Times were taken on a machine that did
+other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
+ImageNet's training set: good for differences, not for levels.
 """
 
 
@@ -30,6 +32,10 @@ def main(args: list[str]) -> int:
     """Write the files, or with --check compare them; return the exit code."""
     evaluations = _load("*.eval.json")
     conversions = {c["checkpoint"]: c for c in _load("*.convert.json")}
+    for evaluation in evaluations:
+        retraining = conversions[evaluation["checkpoint"]].get("retraining")
+        evaluation["epochs"] = 0 if retraining is None else retraining["settings"]["epochs"]
+    evaluations.sort(key=_order)
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
@@ -63,8 +69,8 @@ def _load(pattern: str) -> list[dict[str, Any]]:
 def _order(report: dict[str, Any]) -> tuple[Any, ...]:
     model = report["model"]["name"] if isinstance(report["model"], dict) else report["model"]
     return (
-        len(model), model, report["timesteps"], SCHEDULES.index(report["schedule"]),
-        report["neuron"], report["report"],
+        len(model), model, report["timesteps"], report.get("epochs", 0),
+        SCHEDULES.index(report["schedule"]), report["neuron"], report["report"],
     )  # fmt: skip
 
 
@@ -75,6 +81,7 @@ def _percent(value: dict[str, Any] | None) -> str:
 _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
+    "epochs": lambda e: e["epochs"],
     "schedule": lambda e: e["schedule"],
     "ANN %": lambda e: _percent(e["ann"]),
     "QANN %": lambda e: _percent(e["qann"]),
@@ -86,11 +93,11 @@ _COLUMNS = {
 }
 
 _ALL_COLUMNS = {
-    **dict(list(_COLUMNS.items())[:3]),
+    **dict(list(_COLUMNS.items())[:4]),
     "neuron": lambda e: e["neuron"],
-    **dict(list(_COLUMNS.items())[3:6]),
+    **dict(list(_COLUMNS.items())[4:7]),
     "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
-    **dict(list(_COLUMNS.items())[6:]),
+    **dict(list(_COLUMNS.items())[7:]),
     "images": lambda e: f"{e['images']:,}",
     "ms per image": lambda e: f"{e['wall_ms_per_image']:.1f}",
     "report": lambda e: f"[json](results/{e['report']})",
@@ -111,7 +118,8 @@ def _results(evaluations: list[dict[str, Any]], conversions: dict[str, dict[str,
         parts.append(f"## {model}\n\n{_table(_ALL_COLUMNS, rows)}")
         parts += [_conversion(conversions[name]) for name in made]
         parts.append(f"{_images(rows)}\n")
-        commands = "\n".join(e["command"] for e in rows)
+        reports = [*(conversions[name] for name in made), *rows]
+        commands = "\n".join(r["command"] for r in reports)
         parts.append(f"```sh\n# in model_zoo/results\n{commands}\n```\n")
     return "\n".join(parts)
 
@@ -122,10 +130,31 @@ def _conversion(report: dict[str, Any]) -> str:
     images = "no data" if on is None else f"{on['images']} {on['split']} images of {report['data']}"
     return (
         f"`{report['checkpoint']}`: clips by {calibration['method']} from {images}, seed "
-        f"{report['seed']}, {report['weight_bits']}-bit weights, no retraining; "
+        f"{report['seed']}, {report['weight_bits']}-bit weights, {_retraining(report)}; "
         f"{checked['integers']:,} integers and {checked['sites']} layers and maps verified; "
-        f"{report['seconds']:.0f} s.\n"
+        f"{_time(report)}.\n"
     )
+
+
+def _retraining(report: dict[str, Any]) -> str:
+    retraining = report.get("retraining")
+    if retraining is None:
+        return "no retraining"
+    how = retraining["settings"]
+    return (
+        f"{how['epochs']} epochs of {retraining['images']:,} images ({how['optimizer']}, rate "
+        f"{how['lr']:g}, batch {how['batch_size']}, distillation {how['distill']:g}), epoch "
+        f"{retraining['chosen_epoch']} chosen by the divergence from the ANN on "
+        f"{retraining['held_out_images']:,} other training images; on the test images "
+        f"{_percent(report['qann_float'])} % in float and {_percent(report['qann'])} % in integers"
+    )
+
+
+def _time(report: dict[str, Any]) -> str:
+    """Return what a conversion took; one that was interrupted has its steps from the metrics."""
+    retraining = report.get("retraining")
+    seconds = max(report["seconds"], retraining["epochs"][-1]["seconds"] if retraining else 0)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _images(rows: list[dict[str, Any]]) -> str:
