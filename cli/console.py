@@ -4,29 +4,36 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from snnconv.progress import Progress, silent
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-Progress = Callable[[str, int, int], None]
 PLAIN_SECONDS = 5.0
 UNCUT = 10_000
 
 _emitted = False
+_muted = False
 _arguments: tuple[str, ...] = ()
 
 
 def start(arguments: Sequence[str]) -> None:
-    """Begin a run of the command line: remember its arguments, and that nothing was printed."""
-    global _emitted, _arguments
+    """Begin a run of the command line: remember its arguments, and that nothing was printed.
+
+    Of the processes of one job (torchrun) only the first prints anything but errors.
+    """
+    global _emitted, _muted, _arguments
     _emitted = False
+    _muted = os.environ.get("RANK", "0") != "0"
     _arguments = tuple(arguments)
 
 
@@ -44,6 +51,8 @@ def emit_json(obj: dict[str, Any]) -> None:
     """Print the one JSON object of this run on stdout; not-a-number and infinity become null."""
     global _emitted
     _emitted = True
+    if _muted:
+        return
     click.echo(json.dumps(_finite(obj), indent=2, ensure_ascii=False, allow_nan=False))
 
 
@@ -66,7 +75,7 @@ def stderr_console() -> Console:
 
 def note(text: str, quiet: bool = False) -> None:
     """Print one line for the reader on stderr, unless quiet."""
-    if not quiet:
+    if not quiet and not _muted:
         click.echo(text, err=True)
 
 
@@ -78,6 +87,8 @@ def print_table(
     Never call it under --json, where stdout holds one object and nothing else. Away from a
     terminal no cell is cut or wrapped.
     """
+    if _muted:
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -118,11 +129,10 @@ def _is_number(cell: object) -> bool:
 def progress(quiet: bool = False) -> Iterator[Progress]:
     """Yield a callable `(stage, done, total)` that shows how far the work is, on stderr.
 
-    Bars with the remaining time on a terminal, plain lines elsewhere, nothing if quiet. A total of
-    0 means that it is not known.
+    Bars with the remaining time on a terminal, plain lines elsewhere, nothing if quiet.
     """
-    if quiet:
-        yield lambda stage, done, total: None
+    if quiet or _muted:
+        yield silent
     elif sys.stderr.isatty():
         with _bars() as report:
             yield report
@@ -153,10 +163,11 @@ def _bars() -> Iterator[Progress]:
         console=stderr_console(),
     ) as bars:
 
-        def report(stage: str, done: int, total: int) -> None:
+        def report(stage: str, done: int, total: int, detail: str = "") -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done, total=total or None)
+            text = f"{stage} {detail}".rstrip()
+            bars.update(tasks[stage], completed=done, total=total or None, description=text)
 
         yield report
 
@@ -165,12 +176,12 @@ def _plain_lines() -> Progress:
     """Return a callable that prints a line when a stage starts, ends, and every few seconds."""
     printed: dict[str, float] = {}
 
-    def report(stage: str, done: int, total: int) -> None:
+    def report(stage: str, done: int, total: int, detail: str = "") -> None:
         now = time.monotonic()
         ended = total > 0 and done >= total
         if stage in printed and not ended and now - printed[stage] < PLAIN_SECONDS:
             return
         printed[stage] = now
-        note(f"{stage}: {done}/{total}" if total else f"{stage}: {done}")
+        note(f"{stage}: {done}/{total} {detail}".rstrip() if total else f"{stage}: {done}")
 
     return report

@@ -11,6 +11,7 @@ import click
 from snnconv.errors import UsageError
 
 from . import console, options
+from .retraining import TrainFiles, TrainOptions, retrainer, train_options
 from .source import (
     NetworkOptions,
     default_name,
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from snnconv.pipeline import Conversion
 
 SAMPLE_IMAGES = 16
+DEFAULT_TIMESTEPS = 7
+DEFAULT_WEIGHT_BITS = 8
 
 
 def parse_drain(text: str) -> int | None:
@@ -64,16 +67,13 @@ def parse_drain(text: str) -> int | None:
     "-T",
     "--timesteps",
     type=click.IntRange(1, 4095),
-    default=7,
-    show_default=True,
-    help="T, the levels of an activation and the steps of input.",
+    help="T, the levels of an activation and the steps of input.  [default: the recipe's, else 7]",
 )
 @click.option(
     "--weight-bits",
     type=click.IntRange(2, 8),
-    default=8,
-    show_default=True,
-    help="Bits of the weights; the first layer and the readout have 8.",
+    help="Bits of the weights; the first layer and the readout have 8.  [default: the recipe's, "
+    "else 8]",
 )
 @click.option(
     "--neuron",
@@ -103,13 +103,7 @@ def parse_drain(text: str) -> int | None:
     metavar="auto|N",
     help="Steps after the last input: until nothing fires, or N.",
 )
-@click.option(
-    "--epochs",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Epochs of quantised retraining. Only 0, training-free, is there yet.",
-)
+@train_options
 @options.output_option("Spiking checkpoint.  [default: NAME.snn.safetensors here]")
 @options.force_option
 @options.limit_option
@@ -123,13 +117,13 @@ def command(
     data: str | None,
     calibration: str | None,
     calibration_images: int,
-    timesteps: int,
-    weight_bits: int,
+    timesteps: int | None,
+    weight_bits: int | None,
     neuron: str,
     initial_membrane: str,
     schedule: str,
     drain: str,
-    epochs: int,
+    training: TrainOptions,
     output: Path | None,
     force: bool,
     limit: int | None,
@@ -143,14 +137,15 @@ def command(
 
     CHECKPOINT is a file (.pt .pth .th .tar .safetensors), NAME a timm name, also with a tag or as
     hf-hub:REPO or local-dir:DIR, and zoo:NAME a network of the zoo. The training split of the data
-    calibrates; on the test split the ANN's accuracy is measured and stored (--limit N takes only N
-    of its images). Data of one part are divided. The result is verified on a sample of images
-    before it is written.
+    calibrates and retrains; on the test split the accuracies are measured and stored (--limit N
+    takes only N of its images). Data of one part are divided, and calibrate only. The result is
+    verified on a sample of images before it is written.
     """
     start = time.perf_counter()
-    if epochs:
-        raise UsageError("--epochs: retraining is not available yet; take --epochs 0")
     parsed_drain = parse_drain(drain)
+    recipe = network.read_recipe()
+    timesteps = timesteps or (recipe and recipe.timesteps) or DEFAULT_TIMESTEPS
+    weight_bits = weight_bits or (recipe and recipe.weight_bits) or DEFAULT_WEIGHT_BITS
     if calibration is None:
         calibration = "mse" if data else "bn"
     if calibration != "bn":
@@ -165,8 +160,11 @@ def command(
     report.require_writable(path, force)
     report_path = report.default_path(path, "convert")
     report.require_writable(report_path, force, {"schema": "snnconv.conversion/1"})
+    files = TrainFiles.beside(path)
+    settings = training.settings(recipe)
+    files.require_free(training.resume, force)
 
-    from snnconv import __version__, checkpoint
+    from snnconv import __version__, checkpoint, distributed
     from snnconv.data import check_labels, choose_indices, open_data
     from snnconv.normalize import with_settings
     from snnconv.pipeline import check_equal, convert
@@ -175,6 +173,7 @@ def command(
     loaded = network.load(source)
     train = test = None
     indices: Any = None
+    accuracies: dict[str, Any] = {}
     if data is not None:
         count = 0 if calibration == "bn" else calibration_images
         train, test = (
@@ -187,6 +186,10 @@ def command(
             console.note(test.note, quiet)
         loaded = fit_to_images(loaded, train, quiet)
         indices = choose_indices(len(train), calibration_images, seed)
+    if train is None or train.note:
+        why = "no data given" if train is None else "the data have no training part"
+        training.refuse_without_training(f"{why}: nothing to retrain on")
+        settings = None
     described: dict[str, Any] = {
         "name": loaded.name,
         "args": loaded.model_args,
@@ -205,14 +208,38 @@ def command(
             "images": len(indices),
             "seed": seed,
         }
-    with console.progress(quiet) as progress:
+    how_calibrated = {"method": calibration, "on": calibrated_on}
+    with distributed.group(place), console.progress(quiet) as progress:
+
+        def batches() -> Any:
+            return _batches(train, loaded, indices, progress) if train and calibrated_on else None
+
+        retrain = None
+        if settings is not None and train is not None:
+            retrain = retrainer(
+                training,
+                settings,
+                loaded,
+                train,
+                files,
+                timesteps=timesteps,
+                weight_bits=weight_bits,
+                initial_membrane=initial_membrane,
+                images=batches,
+                calibration=how_calibrated,
+                seed=seed,
+                device=place,
+                progress=progress,
+                quiet=quiet,
+            )
         conversion = convert(
             loaded.model,
             loaded.preprocessing,
-            _batches(train, loaded, indices, progress) if train and calibrated_on else None,
+            batches(),
             timesteps=timesteps,
             calibration=calibration,
             weight_bits=weight_bits,
+            retrain=retrain,
             progress=progress,
             neuron=neuron,
             initial_membrane=initial_membrane,
@@ -220,8 +247,8 @@ def command(
             drain=parsed_drain,
             provenance={
                 "version": __version__,
-                "epochs": 0,
-                "calibration": {"method": calibration, "on": calibrated_on},
+                "epochs": 0 if settings is None else settings.epochs,
+                "calibration": how_calibrated,
             },
         )
         progress("verify", 0, 1)
@@ -232,7 +259,10 @@ def command(
             described["ann"] = _measure_ann(conversion, loaded, test, chosen, place, progress)
             if described["ann"] is not None:
                 described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
+            accuracies = _measure_qann(conversion, test, chosen, place, progress) if retrain else {}
     spiking = with_settings(conversion.network, model=described)
+    if not distributed.is_leader():
+        return
     checkpoint.save_network(spiking, path, replace=force)
     contents = {
         "schema": "snnconv.conversion/1",
@@ -248,7 +278,10 @@ def command(
         "initial_membrane": initial_membrane,
         "weight_bits": weight_bits,
         "data": None if train is None else train.name,
-        "calibration": spiking.provenance["calibration"],
+        "calibration": how_calibrated,
+        "retraining": files.described(spiking.provenance["retraining"]),
+        "qann": accuracies.get("qann"),
+        "qann_float": accuracies.get("qann_float"),
         "preprocessing": loaded.preprocessing.to_dict(),
         "neurons": spiking.neurons,
         "depth": spiking.depth,
@@ -265,6 +298,7 @@ def command(
         "seconds": time.perf_counter() - start,
     }
     report.write(report_path, contents, console.arguments())
+    files.state.unlink(missing_ok=True)
     if as_json:
         console.emit_json(contents)
     else:
@@ -292,8 +326,14 @@ def _measure_ann(
     if not is_classifier(conversion.network):
         return None
 
+    model, normalize = loaded.model.to(place), loaded.preprocessing.normalize
     top1, measured = top1_percent(
-        loaded.model.to(place), test, loaded.preprocessing, chosen, device=place, progress=progress
+        lambda pixels: model(normalize(pixels)),
+        test,
+        loaded.preprocessing,
+        chosen,
+        device=place,
+        progress=progress,
     )
     return {
         "top1_percent": top1,
@@ -301,6 +341,44 @@ def _measure_ann(
         "split": test.split,
         "data_sha256": test.sha256(chosen),
     }
+
+
+def _measure_qann(
+    conversion: Conversion, test: ImageData, chosen: Any, place: str, progress: console.Progress
+) -> dict[str, Any]:
+    """Return the accuracies of a retrained network in float, as it was trained, and in integers."""
+    from snnconv.engine import endpoint
+    from snnconv.measure import top1_percent
+    from snnconv.normalize import rounded_qann
+
+    network = conversion.network
+    (readout,) = network.readouts
+    qann = rounded_qann(conversion.qann, network).to(place)
+    offset = 0.5 if network.initial_membrane == "half" else 0.0
+
+    def in_float(pixels: torch.Tensor) -> torch.Tensor:
+        images = network.preprocessing.center(pixels)
+        return qann(images, network.timesteps, offset=offset)[readout.name].flatten(1)
+
+    def in_integers(pixels: torch.Tensor) -> torch.Tensor:
+        return endpoint(network, pixels, network.timesteps).logits(network, readout.name).flatten(1)
+
+    measured = {}
+    for key, stage, forward in (
+        ("qann_float", "float QANN", in_float),
+        ("qann", "quantised ANN", in_integers),
+    ):
+        top1, images = top1_percent(
+            forward,
+            test,
+            network.preprocessing,
+            chosen,
+            device=place,
+            stage=stage,
+            progress=progress,
+        )
+        measured[key] = {"top1_percent": top1, "images": images}
+    return measured
 
 
 def _batches(data: ImageData, loaded: LoadedModel, indices: Any, progress: console.Progress) -> Any:
@@ -331,7 +409,7 @@ def _class_names(loaded: LoadedModel, data: ImageData | None) -> list[str] | Non
 
 
 def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
-    model, checked = contents["model"], contents["verification"]
+    model, checked, trained = contents["model"], contents["verification"], contents["retraining"]
     calibration = contents["calibration"]
     images = calibration["on"]
     source = (
@@ -350,7 +428,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
         (
             "settings",
             f"T {contents['timesteps']}, {contents['schedule']}, {contents['neuron']}, "
-            f"{contents['weight_bits']}-bit weights, no retraining",
+            f"{contents['weight_bits']}-bit weights" + ("" if trained else ", no retraining"),
         ),
         ("input", describe_input(contents["preprocessing"], model["channels"])),
         ("clips", f"{calibration['method']}, from {source}"),
@@ -358,6 +436,24 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
     if model["ann"] is not None:
         ann = model["ann"]
         rows.append(("ANN", f"{ann['top1_percent']:.2f} % top-1 of {ann['images']} test images"))
+    if trained is not None:
+        how = trained["settings"]
+        rows.insert(
+            -1 if model["ann"] else len(rows),
+            (
+                "retrained",
+                f"{how['epochs']} epochs on {trained['images']} images, epoch "
+                f"{trained['chosen_epoch']} chosen by KL {trained['held_out_kl']:.4f} on "
+                f"{trained['held_out_images']} more",
+            ),
+        )
+        rows.append(
+            (
+                "QANN",
+                f"{contents['qann']['top1_percent']:.2f} % top-1, in float "
+                f"{contents['qann_float']['top1_percent']:.2f} %",
+            )
+        )
     rows += [
         (
             "verified",

@@ -20,7 +20,7 @@ SHOWN_STEPS = 12
     example="snnconv eval --timesteps 8\n"
     "snnconv eval resnet20.snn.safetensors --data DIR --schedule wait --json",
 )
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@options.checkpoint_argument
 @options.data_option
 @click.option(
     "--split",
@@ -61,7 +61,8 @@ SHOWN_STEPS = 12
 @click.option(
     "--ann",
     metavar="CHECKPOINT",
-    help="Measure the ANN too, and its float QANN: the source that was converted.",
+    help="Measure the ANN too: the source that was converted. Without retraining, its float QANN "
+    "as well.",
 )
 @click.option(
     "--engine",
@@ -78,7 +79,7 @@ SHOWN_STEPS = 12
 @options.json_option
 @options.verbosity_options
 def command(
-    checkpoint: Path | None,
+    checkpoint: str | None,
     data: str | None,
     split: str,
     timesteps: int | None,
@@ -110,18 +111,16 @@ def command(
         changes["drain"] = parse_drain(drain)
     if stagger is not None:
         changes["stagger"] = stagger
-    path = checkpoint or options.newest_checkpoint()
+    path, named = options.spiking_checkpoint(checkpoint, quiet)
     where = options.require_data(data)
 
-    from snnconv import report
+    from snnconv import distributed, report
     from snnconv.checkpoint import load_network
     from snnconv.data import choose_indices, open_held_out
     from snnconv.measure import evaluate
     from snnconv.normalize import with_settings
 
     network = load_network(path)
-    if checkpoint is None:
-        console.note(f"using {path}", quiet)
     settings = {"neuron": neuron, "initial_membrane": initial_membrane}
     network = with_settings(network, **{k: v for k, v in settings.items() if v is not None})
     timetable = network.timetable(timesteps, **changes)
@@ -139,12 +138,12 @@ def command(
     if images.note:
         console.note(images.note, quiet)
     report_path = output or report.default_path(
-        path, "eval", _settings(network, timetable, split, limit)
+        named, "eval", _settings(network, timetable, split, limit)
     )
     own = {"schema": "snnconv.evaluation/1", "data": images.name, "seed": seed}
     report.require_writable(report_path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
-    with console.progress(quiet) as progress:
+    with distributed.group(place), console.progress(quiet) as progress:
         evaluation = evaluate(
             network,
             images,
@@ -160,7 +159,8 @@ def command(
             evaluation |= _measure_ann(ann, network, images, indices, timetable, place, progress)
         else:
             evaluation["ann"] = _stored_ann(network, images)
-    report.write(report_path, evaluation, console.arguments())
+    if distributed.is_leader():
+        report.write(report_path, evaluation, console.arguments())
     if as_json:
         console.emit_json(evaluation)
         return
@@ -204,7 +204,7 @@ def _measure_ann(
     device: str,
     progress: console.Progress,
 ) -> dict[str, Any]:
-    """Measure the ANN and its float QANN on the same images."""
+    """Measure the ANN on the same images, and its float QANN unless it was retrained since."""
     from snnconv.load import load_model
     from snnconv.measure import top1_percent
     from snnconv.pipeline import float_qann
@@ -219,18 +219,20 @@ def _measure_ann(
     )
     if loaded.weights_sha256 != network.model["weights_sha256"]:
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
-    qann = float_qann(loaded.model, network).to(device)
-    (readout,) = network.readouts
+    model, normalize = loaded.model.to(device), network.preprocessing.normalize
     offset = 0.5 if network.initial_membrane == "half" else 0.0
+    (readout,) = network.readouts
+    forwards = [("ann", "ann", lambda pixels: model(normalize(pixels)))]
+    if not network.provenance.get("retraining"):
+        qann = float_qann(loaded.model, network).to(device)
 
-    def quantised(pixels: Any) -> Any:
-        return qann(pixels, timetable.timesteps, offset=offset)[readout.name].flatten(1)
+        def quantised(pixels: Any) -> Any:
+            outputs = qann(normalize(pixels), timetable.timesteps, offset=offset)
+            return outputs[readout.name].flatten(1)
 
+        forwards.append(("qann_float", "float QANN", quantised))
     measured = {}
-    for key, stage, forward in (
-        ("ann", "ann", loaded.model.to(device)),
-        ("qann_float", "float QANN", quantised),
-    ):
+    for key, stage, forward in forwards:
         top1, _ = top1_percent(
             forward,
             images,

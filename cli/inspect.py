@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import click
 
 from . import console, options
 
@@ -14,22 +11,20 @@ if TYPE_CHECKING:
 
 
 @options.command("inspect", example="snnconv inspect resnet20.snn.safetensors")
-@click.argument("checkpoint", required=False, type=click.Path(path_type=Path))
+@options.checkpoint_argument
 @options.json_option
 @options.verbosity_options
-def command(checkpoint: Path | None, as_json: bool, verbose: bool, quiet: bool) -> None:
+def command(checkpoint: str | None, as_json: bool, verbose: bool, quiet: bool) -> None:
     """Show a spiking checkpoint, by default the newest here: settings, layers, number types.
 
     For every layer: its neurons, what it listens to, its thresholds in row units, the type of its
     counts, and the bits its membrane needs at the checkpoint's T.
     """
-    path = checkpoint or options.newest_checkpoint()
+    path, _ = options.spiking_checkpoint(checkpoint, quiet)
     from snnconv import __version__
     from snnconv.checkpoint import load_network
 
     network = load_network(path)
-    if checkpoint is None:
-        console.note(f"using {path}", quiet)
     timetable = network.timetable()
     contents = {
         "schema": "snnconv.inspection/1",

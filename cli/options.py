@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from snnconv.errors import UsageError
 
@@ -114,6 +115,27 @@ def data_option(function: F) -> F:
     )(function)
 
 
+def _complete_checkpoint(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Offer files, and the spiking checkpoints of the zoo."""
+    from snnconv.model_zoo import catalog
+
+    zoo = [f"zoo:{name}" for name in catalog.checkpoints()]
+    found = [CompletionItem(name) for name in zoo if name.startswith(incomplete)]
+    return (found if incomplete else []) or [CompletionItem(incomplete, type="file")]
+
+
+def checkpoint_argument(function: F) -> F:
+    """Add the spiking checkpoint, a file or zoo:NAME; see `spiking_checkpoint`."""
+    return click.argument(
+        "checkpoint",
+        required=False,
+        metavar="[CHECKPOINT|zoo:NAME]",
+        shell_complete=_complete_checkpoint,
+    )(function)
+
+
 def output_option(help: str) -> Callable[[F], F]:
     """Add -o/--output as `output: Path | None`, with its help."""
 
@@ -205,6 +227,32 @@ def note_unreadable(names: list[str], quiet: bool) -> None:
     if names:
         shown = "; ".join(names[:NAMED]) + ("; ..." if len(names) > NAMED else "")
         console.note(f"left out, cannot be read: {len(names)} images: {shown}", quiet)
+
+
+def spiking_checkpoint(name: str | None, quiet: bool) -> tuple[Path, Path]:
+    """Find the spiking checkpoint a command is about, and the path its reports are named after.
+
+    None is the newest one in the current folder, `zoo:NAME` one of the package, whose reports
+    belong into the current folder.
+    """
+    if name is None:
+        path = newest_checkpoint()
+        console.note(f"using {path}", quiet)
+    elif name.startswith("zoo:"):
+        from snnconv.model_zoo import catalog
+
+        known = catalog.checkpoints()
+        wanted = name.removeprefix("zoo:")
+        if wanted not in known:
+            names = ", ".join(known) or "none"
+            raise UsageError(
+                f"the zoo has no spiking checkpoint {wanted!r}"
+                f"{_near(wanted, known) or f'; it has {names}'}"
+            )
+        return known[wanted], Path(known[wanted].name)
+    else:
+        path = Path(name)
+    return path, path
 
 
 def newest_checkpoint(folder: Path | None = None) -> Path:

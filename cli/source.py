@@ -19,6 +19,7 @@ from . import console
 if TYPE_CHECKING:
     from snnconv.data import ImageData
     from snnconv.load import LoadedModel
+    from snnconv.recipe import Recipe
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
@@ -37,20 +38,25 @@ class NetworkOptions:
     interpolation: str | None
     channels: str | None
 
+    def read_recipe(self) -> Recipe | None:
+        """Read the recipe these options name, if they do."""
+        from snnconv.recipe import read_recipe
+
+        return read_recipe(self.recipe) if self.recipe else None
+
     def load(self, source: str, *, pretrained: bool = True) -> LoadedModel:
         """Build the network a source names, with the preprocessing these options ask for."""
         from dataclasses import replace
 
         from snnconv.load import load_model
         from snnconv.preprocess import overridden
-        from snnconv.recipe import read_recipe
 
         loaded = load_model(
             source,
             arch=self.arch,
             model_args=self.model_args,
             pretrained=pretrained,
-            recipe=read_recipe(self.recipe) if self.recipe else None,
+            recipe=self.read_recipe(),
             channels=self.channels,
         )
         known = loaded.preprocessing

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+SPIKING = ".snn.safetensors"
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,9 @@ def entries() -> list[ZooEntry]:
         ),
     ]
     return [digits, *resnets, *small]
+
+
+def checkpoints() -> dict[str, Path]:
+    """Return the spiking checkpoints of the package by name, `ARCHITECTURE.DATA-tT`."""
+    files = sorted(CHECKPOINTS.glob(f"*{SPIKING}"))
+    return {file.name.removesuffix(SPIKING): file for file in files}

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from snnconv.pipeline import check_equal as check_equal
     from snnconv.pipeline import convert as convert
     from snnconv.plan import make_plan as make_plan
+    from snnconv.train import TrainSettings as TrainSettings
+    from snnconv.train import retrain as retrain
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,8 @@ _PUBLIC = {
     "make_plan": "snnconv.plan",
     "fold": "snnconv.folding",
     "calibrate_": "snnconv.calibrate",
+    "retrain": "snnconv.train",
+    "TrainSettings": "snnconv.train",
     "integerize": "snnconv.normalize",
     "save_network": "snnconv.checkpoint",
     "load_network": "snnconv.checkpoint",

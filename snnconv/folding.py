@@ -6,12 +6,13 @@ of its own, with weights in the row of the neuron it feeds (method.md, section 4
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, fx
 
 from snnconv.graph import Traced
 from snnconv.operations import Operation, describe
-from snnconv.ops import Pool
 from snnconv.plan import ConversionPlan, Key, Neurons, Output, Term
 from snnconv.quant import Branch, Layer, Qann
 
@@ -22,30 +23,48 @@ def fold(traced: Traced, plan: ConversionPlan) -> Qann:
     Raises NotConvertibleError, naming every reason, if the plan is not convertible.
     """
     plan.require_convertible()
-    folder = _Folder(traced)
-    nodes = [
-        folder.layer(node) if isinstance(node, (Neurons, Output)) else node for node in plan.nodes
-    ]
+    folder = Folder(traced, plan, torch.float64)
+    with torch.no_grad():
+        nodes = [
+            folder.layer(node) if isinstance(node, (Neurons, Output)) else node
+            for node in plan.nodes
+        ]
     return Qann(nodes)
 
 
-class _Folder:
-    def __init__(self, traced: Traced) -> None:
-        self.traced = traced
+class Folder:
+    """The way from a traced network's parameters to the tensors of its QANN, differentiable.
+
+    A parameter that serves several layers stays one parameter. BatchNorm is taken as in
+    inference, so that training through it changes nothing about what is folded afterwards.
+    """
+
+    def __init__(self, traced: Traced, plan: ConversionPlan, dtype: torch.dtype) -> None:
+        """Compute tensors in `dtype`; operations are looked up once."""
+        self.traced, self.dtype = traced, dtype
         self.fx = {n.name: n for n in traced.module.graph.nodes}
+        self.planned = [n for n in plan.nodes if isinstance(n, (Neurons, Output))]
+        self.operations: dict[str, Operation] = {}
+
+    def tensors(self) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """Yield the weights, one per branch, and the bias `[C]` of every layer in order."""
+        for node in self.planned:
+            yield [self.weight(t, self.rows(node)) for t in node.terms], self.layer_bias(node)
 
     def operation(self, name: str) -> Operation:
-        return describe(self.traced, self.fx[name])
+        """Describe an fx node, once."""
+        if name not in self.operations:
+            self.operations[name] = describe(self.traced, self.fx[name])
+        return self.operations[name]
+
+    def steps(self, term: Term) -> list[Operation]:
+        """Return the operations on a term's way; additions are none."""
+        return [self.operation(name) for name in term.key if name in self.fx]
 
     def layer(self, node: Neurons | Output) -> Layer:
-        site = self.fx[node.site]
-        keys = {t.key for t in node.terms}
-        direct = (f"{node.name}:0",) in keys
-        channels = self.traced.shapes[site.name][0] if direct else self.channels(site)
-        branches = [self.branch(t, channels) for t in node.terms]
-        bias = torch.zeros(channels, dtype=torch.float64)
-        if not direct:
-            bias = bias + self.bias(site, (), keys)
+        """Build a layer with the values its tensors have now."""
+        branches = [self.branch(t, self.rows(node)) for t in node.terms]
+        bias = self.layer_bias(node)
         if isinstance(node, Output):
             return Layer(node.name, node.name, branches, bias, node.shape, readout=True)
         return Layer(
@@ -58,54 +77,70 @@ class _Folder:
             cap=node.cap,
         )
 
-    def channels(self, node: fx.Node) -> int:
-        """Return the rows of a current: its channels before any flattening."""
-        while self.operation(node.name).kind in ("flatten", "identity", "max_pool"):
-            node = self.operation(node.name).inputs[0]
-        return self.traced.shapes[node.name][0]
+    def direct(self, node: Neurons | Output) -> bool:
+        """Return whether a layer reads counts with no map between."""
+        return any(t.key == (f"{node.name}:0",) for t in node.terms)
 
-    def branch(self, term: Term, channels: int) -> Branch:
+    def rows(self, node: Neurons | Output) -> int:
+        """Return the rows of a layer: the channels of its current before any flattening."""
+        site = self.fx[node.site]
+        while not self.direct(node):
+            operation = self.operation(site.name)
+            if operation.kind not in ("flatten", "identity", "max_pool"):
+                break
+            site = operation.inputs[0]
+        return self.traced.shapes[site.name][0]
+
+    def constant(self, value: float, *shape: int) -> Tensor:
+        """Return a tensor of one value where the parameters are."""
+        device = next(self.traced.module.parameters()).device
+        return torch.full(shape, value, dtype=self.dtype, device=device)
+
+    def weight(self, term: Term, rows: int) -> Tensor:
         """Multiply the linear maps of one term together."""
-        first, *rest = term.key
-        kind, attributes, pools, statistics = "scale", {}, [], None
-        weight = torch.ones(channels, dtype=torch.float64)
-        if first in self.fx:
-            operation = self.operation(first)
+        weight = self.constant(1, rows)
+        for operation in self.steps(term):
             if operation.kind == "batch_norm":
-                weight, statistics = _affine(operation)[0], _statistics(operation)
+                gain = self.affine(operation)[0]
+                weight = weight * gain.view(-1, *[1] * (weight.ndim - 1))
+            elif operation.kind != "average_pool":
+                weight = operation.module.weight.to(self.dtype)
+        return weight
+
+    def branch(self, term: Term, rows: int) -> Branch:
+        """Describe one term, with its weight."""
+        kind, attributes, statistics = "scale", {}, None
+        pools = []
+        for operation in self.steps(term):
+            if operation.kind == "batch_norm":
+                statistics = _statistics(operation)
             elif operation.kind == "average_pool":
                 pools.append(operation.attributes["pool"])
             else:
                 kind, attributes = operation.kind, operation.attributes
-                weight = operation.module.weight.detach().double()
-        for step in rest:
-            if step not in self.fx:
-                continue
-            operation = self.operation(step)
-            if operation.kind == "batch_norm":
-                gain = _affine(operation)[0]
-                weight = weight * gain.view(-1, *[1] * (weight.ndim - 1))
-                statistics = _statistics(operation)
-            else:
-                pool: Pool = operation.attributes["pool"]
-                pools.append(pool)
+        weight = self.weight(term, rows)
         return Branch(term.source, term.key, kind, weight, attributes, tuple(pools), statistics)
 
+    def layer_bias(self, node: Neurons | Output) -> Tensor:
+        """Return what a layer's current is when all counts are zero, `[C]`."""
+        bias = self.constant(0, self.rows(node))
+        if self.direct(node):
+            return bias
+        return bias + self.bias(self.fx[node.site], (), {t.key for t in node.terms})
+
     def bias(self, node: fx.Node, trail: Key, keys: set[Key]) -> Tensor:
-        """Return what a current is when all counts are zero, float64 `[C]`."""
+        """Return what a current is when all counts are zero, `[C]`, or one zero for no bias."""
         operation = self.operation(node.name)
         kind, inputs = operation.kind, operation.inputs
         if kind in ("conv", "linear"):
             bias = operation.module.bias
-            if bias is None:
-                return torch.zeros((), dtype=torch.float64)
-            return bias.detach().double()
+            return self.constant(0) if bias is None else bias.to(self.dtype)
         if kind == "batch_norm":
-            gain, shift = _affine(operation)
+            gain, shift = self.affine(operation)
             here = (node.name, *trail)
             return shift if here in keys else shift + gain * self.bias(inputs[0], here, keys)
         if kind == "add":
-            total = torch.zeros((), dtype=torch.float64)
+            total = self.constant(0)
             for i, operand in enumerate(inputs):
                 here = (f"{node.name}:{i}", *trail)
                 if here not in keys:
@@ -114,18 +149,17 @@ class _Folder:
         here = (node.name, *trail) if kind == "average_pool" else trail
         return self.bias(inputs[0], here, keys)
 
-
-def _affine(operation: Operation) -> tuple[Tensor, Tensor]:
-    """Return gain and shift of a BatchNorm in inference, float64 `[C]`."""
-    norm = operation.module
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    gain = torch.rsqrt(variance + norm.eps)
-    if norm.weight is not None:
-        gain = gain * norm.weight.detach().double()
-    shift = -mean * gain
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return gain, shift
+    def affine(self, operation: Operation) -> tuple[Tensor, Tensor]:
+        """Return gain and shift of a BatchNorm in inference, `[C]`."""
+        norm = operation.module
+        mean, variance = norm.running_mean.to(self.dtype), norm.running_var.to(self.dtype)
+        gain = torch.rsqrt(variance + norm.eps)
+        if norm.weight is not None:
+            gain = gain * norm.weight.to(self.dtype)
+        shift = -mean * gain
+        if norm.bias is not None:
+            shift = shift + norm.bias.to(self.dtype)
+        return gain, shift
 
 
 def _statistics(operation: Operation) -> tuple[Tensor, Tensor]:

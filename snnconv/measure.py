@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,21 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snnconv import __version__
-from snnconv.data import ImageData, check_labels
+from snnconv import __version__, distributed
+from snnconv.data import ImageData, check_labels, default_batch
 from snnconv.engine import DEFAULT, Endpoint, Trace, endpoint, simulate
 from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.preprocess import Preprocessing
+from snnconv.progress import Progress, silent
 from snnconv.schedule import Schedule
 
-Progress = Callable[[str, int, int], None]
 BATCH = 256
 BATCH_NEURONS = 2**26
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show no progress."""
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
@@ -47,21 +43,35 @@ def top1_percent(
     *,
     device: str = "cpu",
     stage: str = "ann",
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> tuple[float, int]:
     """Return the top-1 accuracy in percent of `forward`, and the number of images it is of.
 
-    `forward` maps normalised images `[N, C, H, W]` to logits `[N, classes]`. Images that cannot
-    be read do not count.
+    `forward` maps pixels uint8 `[N, C, H, W]` to logits `[N, classes]`. Images that cannot be read
+    do not count. Processes of one job share the batches.
     """
     hits = done = 0
     with torch.no_grad():
-        for pixels, labels in data.batches(preprocessing, indices):
-            logits = forward(preprocessing.normalize(pixels.to(device)))
+        for pixels, labels in _shared_batches(data, preprocessing, indices):
+            logits = forward(pixels.to(device))
             hits += int((logits.argmax(1).cpu() == labels).sum())
             done += len(labels)
-            progress(stage, done, len(indices))
+            progress(stage, done * distributed.size(), len(indices))
+    hits, done = distributed.sum_over_ranks(torch.tensor([hits, done])).tolist()
     return 100 * hits / max(done, 1), done
+
+
+def _shared_batches(
+    data: ImageData,
+    preprocessing: Preprocessing,
+    indices: np.ndarray,
+    batch: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's share of the batches, the same ones as if it were alone."""
+    batch = batch or default_batch(preprocessing)
+    starts = distributed.share(range(0, len(indices), batch))
+    chosen = [indices[start : start + batch] for start in starts]
+    return data.batches(preprocessing, np.concatenate(chosen or [indices[:0]]), batch)
 
 
 @dataclass
@@ -101,6 +111,17 @@ class _Tally:
             least = int(target.abs().sum(dtype=torch.int64))
             self.minimum[p.name] = self.minimum.get(p.name, 0) + least
 
+    def absorb(self, other: dict[str, Any]) -> None:
+        """Add the sums of another tally, as its `vars`."""
+        for key in ("images", "hits", "end_hits", "same_argmax"):
+            setattr(self, key, getattr(self, key) + other[key])
+        for key in ("by_step", "drains"):
+            getattr(self, key).extend(other[key])
+        for key in ("equal", "spikes", "minimum"):
+            mine = getattr(self, key)
+            for name, value in other[key].items():
+                mine[name] = mine.get(name, 0) + value
+
     def steps(self) -> list[dict[str, Any]]:
         """Return the accuracy after each step; images that have ended stay as they are."""
         longest = max(len(b) for b in self.by_step)
@@ -123,10 +144,11 @@ def evaluate(
     engine: str = DEFAULT,
     device: str = "cpu",
     seed: int = 0,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Simulate the images at `indices`, and return an evaluation as plain JSON values.
 
+    Processes of one job share the batches and return the same numbers as one process would.
     The quantised ANN (`qann`) is the network's own end point, computed beside the simulation. The
     keys `ann`, `qann_float` and `checkpoint` are left None for the caller, who knows them. Raises
     UsageError if the network is no classifier, DataError if the data do not fit it.
@@ -136,13 +158,20 @@ def evaluate(
     tally = _Tally(network)
     seconds = 0.0
     batch = max(1, min(BATCH, BATCH_NEURONS // network.neurons))
-    for pixels, labels in data.batches(network.preprocessing, indices, batch):
+    for pixels, labels in _shared_batches(data, network.preprocessing, indices, batch):
         pixels = pixels.to(device)
         start = time.perf_counter()
         course = simulate(network, pixels, schedule, engine)
         seconds += time.perf_counter() - start
         tally.add(course, endpoint(network, pixels, schedule.timesteps), labels, readout.name)
-        progress("simulate", tally.images, len(indices))
+        progress("simulate", tally.images * distributed.size(), len(indices))
+    parts = distributed.gather({k: v for k, v in vars(tally).items() if k != "network"})
+    seconds = max(distributed.gather(seconds))
+    for names in distributed.gather(data.unreadable):
+        data.unreadable.extend(n for n in names if n not in data.unreadable)
+    tally = _Tally(network)
+    for part in parts:
+        tally.absorb(part)
     drains = torch.cat(tally.drains).numpy()
     worst = int(drains.max())
     latency = (

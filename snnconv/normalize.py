@@ -9,7 +9,9 @@ integers of its own unit (method.md, sections 4.1 and 4.2).
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,8 @@ LARGEST_THRESHOLD_LOG2 = 15
 LARGEST_STEM_THRESHOLD_LOG2 = 22
 LARGEST_MEMBRANE_UNIT_LOG2 = 20
 READOUT_FRACTION_BITS = 8
+# Below so many bits the largest weight is no use as the upper end.
+LEARNT_BELOW_BITS = 5
 
 
 def integerize(
@@ -48,6 +52,62 @@ def integerize(
     `settings` are further fields of SpikingNetwork. Raises UsageError if bits or T are out of
     range or the QANN has not been calibrated.
     """
+    layers = _integer_layers(qann, preprocessing, timesteps, weight_bits)
+    nodes: list[Node] = []
+    for node in qann.nodes:
+        if isinstance(node, Source):
+            nodes.append(Image(node.name, node.shape, preprocessing.zero_point))
+        else:
+            nodes.append(node if isinstance(node, Relay) else next(layers))
+    return SpikingNetwork(
+        tuple(nodes), preprocessing, timesteps, weight_bits=weight_bits, **settings
+    )
+
+
+def rounded(
+    qann: Qann, preprocessing: Preprocessing, timesteps: int, weight_bits: int
+) -> Iterator[tuple[list[Tensor], Tensor]]:
+    """Yield weights and bias of every layer with which the QANN computes what its integers do.
+
+    float64, in the shapes and units of the QANN's own. They hold for images of
+    `Preprocessing.center`, in which a pixel of the zero point is 0. The rounding of a threshold is
+    put into weights and bias, since `W x >= theta_int` is `W x clip/theta_int >= clip`.
+    """
+    values = spike_values(qann, preprocessing)
+    integers = _integer_layers(qann, preprocessing, timesteps, weight_bits)
+    for layer, node in zip(qann.weighted(), integers, strict=True):
+        unit = (
+            node.clip / node.threshold.double()
+            if isinstance(node, Population)
+            else torch.full_like(layer.bias, node.unit, dtype=torch.float64)
+        )
+        weights = []
+        for branch, synapse in zip(layer.branches, node.branches, strict=True):
+            row = synapse.weight.double()
+            row = row * (unit * torch.exp2(synapse.shift.double())).view(-1, *[1] * (row.ndim - 1))
+            worth = values[branch.source][0]
+            inverse = torch.where(worth > 0, 1 / worth, 0.0)
+            lcm = math.prod(pool.lcm for pool in branch.pools)
+            weights.append(times_inputs(branch, row, inverse * lcm))
+        yield weights, node.bias.double() * unit
+
+
+def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
+    """Return a copy of the QANN that computes in float32 what the network made from it does.
+
+    Its images are those of `Preprocessing.center`.
+    """
+    copied = copy.deepcopy(qann)
+    tensors = rounded(qann, network.preprocessing, network.timesteps, network.weight_bits)
+    for layer, (weights, bias) in zip(copied.weighted(), tensors, strict=True):
+        layer.assign_(weights, bias)
+    return copied
+
+
+def _integer_layers(
+    qann: Qann, preprocessing: Preprocessing, timesteps: int, weight_bits: int
+) -> Iterator[Population | Readout]:
+    """Yield the integers of every layer of a calibrated QANN, in order."""
     check_timesteps(timesteps)
     if not 2 <= weight_bits <= 8:
         raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
@@ -57,21 +117,21 @@ def integerize(
     images = _image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)
-    nodes: list[Node] = []
-    for node in qann.nodes:
-        if isinstance(node, Source):
-            nodes.append(Image(node.name, node.shape, preprocessing.zero_point))
-        elif isinstance(node, Relay):
-            nodes.append(node)
-        elif node.readout:
-            nodes.append(_readout(node, values, depth[node.name]))
+    for layer, bits in zip(qann.weighted(), layer_bits(qann, weight_bits), strict=True):
+        if layer.readout:
+            yield _readout(layer, values, depth[layer.name])
         else:
-            stem = any(b.source in images for b in node.branches)
-            bits = 8 if stem else weight_bits
-            nodes.append(_population(node, values, depth[node.name], bits, stem, resolved))
-    return SpikingNetwork(
-        tuple(nodes), preprocessing, timesteps, weight_bits=weight_bits, **settings
-    )
+            stem = any(b.source in images for b in layer.branches)
+            yield _population(layer, values, depth[layer.name], bits, stem, resolved)
+
+
+def layer_bits(qann: Qann, weight_bits: int) -> list[int]:
+    """Return the bits of every layer's weights: 8 in the first layer and in readouts."""
+    images = _image_carriers(qann)
+    return [
+        8 if layer.readout or any(b.source in images for b in layer.branches) else weight_bits
+        for layer in qann.weighted()
+    ]
 
 
 def spike_values(qann: Qann, preprocessing: Preprocessing) -> dict[str, tuple[Tensor, Tensor]]:
@@ -81,11 +141,12 @@ def spike_values(qann: Qann, preprocessing: Preprocessing) -> dict[str, tuple[Te
     and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
     """
     values: dict[str, tuple[Tensor, Tensor]] = {}
+    device = next(qann.parameters()).device
     for node in qann.nodes:
         if isinstance(node, Source):
-            std = torch.tensor(preprocessing.std, dtype=torch.float64)
-            mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
-            zero = torch.tensor(preprocessing.zero_point, dtype=torch.float64)
+            std = torch.tensor(preprocessing.std, dtype=torch.float64, device=device)
+            mean = torch.tensor(preprocessing.mean, dtype=torch.float64, device=device)
+            zero = torch.tensor(preprocessing.zero_point, dtype=torch.float64, device=device)
             values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
         elif isinstance(node, Relay):
             values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
@@ -103,7 +164,7 @@ def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Ten
     if node.op == "pad" and node.shape[0] != len(worth):
         before = node.attributes["padding"][4]
         # Channels of padding are always zero: so are their weights, which else would set a scale.
-        grown = torch.zeros(2, node.shape[0], dtype=torch.float64).unbind()
+        grown = worth.new_zeros(2, node.shape[0]).unbind()
         for target, part in zip(grown, (worth, constant), strict=True):
             target[before : before + len(part)] = part
         return grown[0], grown[1]
@@ -124,7 +185,7 @@ def _image_carriers(qann: Qann) -> set[str]:
     return names
 
 
-def _times_inputs(branch: Branch, weight: Tensor, vector: Tensor) -> Tensor:
+def times_inputs(branch: Branch, weight: Tensor, vector: Tensor) -> Tensor:
     """Multiply weights `[O, C/groups, ...]` by a vector `[C]` over their input channels."""
     if branch.kind == "scale":
         return weight * vector
@@ -142,25 +203,27 @@ def _rows(layer: Layer, values: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[
     for branch, parameter in zip(layer.branches, layer.weights, strict=True):
         weight = parameter.detach().double()
         worth, constant = values[branch.source]
-        row = _times_inputs(branch, weight, worth)
-        offset = _times_inputs(branch, weight, constant)
+        row = times_inputs(branch, weight, worth)
+        offset = times_inputs(branch, weight, constant)
         bias = bias + (offset if branch.kind == "scale" else offset.flatten(1).sum(1))
         rows.append(row / math.prod(pool.lcm for pool in branch.pools))
     return rows, bias
 
 
-def row_scale(rows: Tensor, bits: int) -> Tensor:
+def row_scale(rows: Tensor, bits: int, clip_share: Tensor | None = None) -> Tensor:
     """Return the scale per row of symmetric weights in `bits`, float64 `[O]`.
 
-    The largest weight sets it at 5 bits and above; below, the scale with the least squared
-    error, since few levels cannot afford to reach the largest weight.
+    The largest weight sets it at 5 bits and above, since few levels cannot afford to reach it.
+    Below, it is `clip_share` `[O]` of that, or without one the scale with the least squared error.
     """
     rows = rows.flatten(1)
     largest = rows.abs().amax(1)
     top = 2 ** (bits - 1) - 1
-    if bits >= 5:
+    if clip_share is not None and bits < LEARNT_BELOW_BITS:
+        return largest * clip_share.to(largest) / top
+    if bits >= LEARNT_BELOW_BITS:
         return largest / top
-    candidates = torch.linspace(0.2, 1.0, 81, dtype=torch.float64)
+    candidates = torch.linspace(0.2, 1.0, 81, dtype=torch.float64).tolist()
     best, least = largest / top, torch.full_like(largest, math.inf)
     for fraction in candidates:
         scale = (largest * fraction / top).clamp_min(1e-300)
@@ -203,11 +266,11 @@ def _synapses(
     """
     zero = torch.zeros_like(scale)
     finer = []
-    for branch, row in zip(layer.branches, rows, strict=True):
+    for branch, row, share in zip(layer.branches, rows, layer.clip_shares, strict=True):
         if branch.kind == "scale":
             finer.append(zero)
             continue
-        own = row_scale(row, bits)
+        own = row_scale(row, bits, share)
         ratio = torch.where(own > 0, scale / own.clamp_min(1e-300), torch.ones_like(own))
         finer.append(torch.minimum(_log2_floor(ratio), unit_log2[1]))
     m = torch.stack([unit_log2[0], *finer]).amax(0)
@@ -221,11 +284,11 @@ def _synapses(
 def _weighted_scale(layer: Layer, rows: list[Tensor], bits: int) -> Tensor:
     """Return the largest row scale over the branches with weights, zero where there are none."""
     scales = [
-        row_scale(row, bits)
-        for branch, row in zip(layer.branches, rows, strict=True)
+        row_scale(row, bits, share)
+        for branch, row, share in zip(layer.branches, rows, layer.clip_shares, strict=True)
         if branch.kind != "scale"
     ]
-    return torch.stack([torch.zeros(len(layer.bias), dtype=torch.float64), *scales]).amax(0)
+    return torch.stack([torch.zeros_like(layer.bias, dtype=torch.float64), *scales]).amax(0)
 
 
 def _population(

@@ -18,14 +18,11 @@ from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize
 from snnconv.plan import ConversionPlan, make_plan
 from snnconv.preprocess import Preprocessing
+from snnconv.progress import Progress, silent
 from snnconv.quant import Qann
 from snnconv.verify import FloatAgreement, Verification, compare_float, verify
 
-Progress = Callable[[str, int, int], None]
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Show no progress."""
+Retrain = Callable[[Traced, ConversionPlan, Qann], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -47,14 +44,16 @@ def convert(
     timesteps: int = 7,
     calibration: str = "mse",
     weight_bits: int = 8,
-    progress: Progress = _silent,
+    retrain: Retrain | None = None,
+    progress: Progress = silent,
     **settings: Any,
 ) -> Conversion:
     """Trace, plan, fold, calibrate and integerise a model; `check_equal` verifies the result.
 
     `images` are batches of uint8 pixels `[N, C, H, W]` to calibrate on; the calibration `bn`
-    needs none. `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...); the
-    plan is added to its provenance.
+    needs none. `retrain` may train the traced network and its QANN, in place, before they become
+    integers (`snnconv.train`); what it returns goes into the provenance, as does the plan.
+    `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...).
     Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
     """
     progress("trace", 0, 1)
@@ -65,7 +64,10 @@ def convert(
     progress("trace", 1, 1)
     batches = None if images is None else (preprocessing.normalize(p) for p in images)
     calibrate_(qann, batches, timesteps, calibration)
-    settings["provenance"] = {**settings.get("provenance", {}), "plan": plan.to_dict()}
+    provenance = {**settings.pop("provenance", {}), "plan": plan.to_dict(), "retraining": None}
+    if retrain is not None:
+        provenance["retraining"] = retrain(traced, plan, qann)
+    settings["provenance"] = provenance
     network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
     return Conversion(traced, plan, qann, network)
 

@@ -65,6 +65,16 @@ class Preprocessing:
         std = torch.tensor(self.std, dtype=dtype, device=pixels.device).view(-1, 1, 1)
         return (pixels.to(dtype) / 255 - mean) / std
 
+    def center(self, pixels: Tensor) -> Tensor:
+        """Return `(pixels - zero_point)/(255 std)`, float32: what the spiking network reads.
+
+        It differs from `normalize` by the part of the mean that rounding loses, a constant that
+        the spiking network has in its first biases.
+        """
+        zero = torch.tensor(self.zero_point, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
+        return (pixels.float() - zero) / (255 * std)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

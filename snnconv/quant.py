@@ -34,6 +34,38 @@ def quantize(
     return step * torch.floor(x / step + offset).clamp(low, timesteps)
 
 
+class FakeQuantize(torch.autograd.Function):
+    """`quantize` with straight-through gradients (method.md, section 1).
+
+    The gradient with respect to x is 1 strictly between 0 (two-sided: -clip) and the clip; with
+    respect to the clip it is 1 from the clip on (-1 below -clip), and `(a - x)/clip` between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, clip: Tensor, timesteps: int, two_sided: bool, offset: float
+    ) -> Tensor:
+        """Quantise x `[N, C, ...]` with a clip per channel `[C]`."""
+        wide = per_channel(clip, x.ndim)
+        quantised = quantize(x, wide, timesteps, two_sided=two_sided, offset=offset)
+        ctx.save_for_backward(x, clip, quantised)
+        ctx.two_sided = two_sided
+        return quantised
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        """Return the gradients of x and clip."""
+        x, clip, quantised = ctx.saved_tensors
+        wide = per_channel(clip, x.ndim)
+        low = -wide if ctx.two_sided else torch.zeros_like(wide)
+        clamped = torch.minimum(torch.maximum(x, low), wide)
+        over = (x >= wide).to(x) - (x <= -wide).to(x) if ctx.two_sided else (x >= wide).to(x)
+        axes = [i for i in range(x.ndim) if i != 1]
+        # Outside, quantised equals clamped, so that only `over` remains.
+        by_clip = (((quantised - clamped) / wide + over) * grad).sum(axes)
+        return grad * ((x > low) & (x < wide)), by_clip, None, None, None
+
+
 @dataclass
 class Branch:
     """One linear map from a counts tensor into a layer's rows.
@@ -65,7 +97,8 @@ class Layer(nn.Module):
     """A population of neurons, or a readout: branches, one bias `[C]`, and the clip `[C]`.
 
     `shape` is the layer's output without batch axis. `clip` is the float value of `T` counts;
-    it is unset (NaN) until calibrated and unused in a readout.
+    it is unset (NaN) until calibrated and unused in a readout. `clip_shares` are, per branch, the
+    upper ends of weights of few bits as shares of each row's largest, `[C]`, once learnt.
     """
 
     clip: Tensor
@@ -87,9 +120,17 @@ class Layer(nn.Module):
         self.name, self.path, self.shape = name, path, shape
         self.readout, self.two_sided, self.cap = readout, two_sided, cap
         self.branches = branches
+        self.clip_shares: list[Tensor | None] = [None] * len(branches)
         self.weights = nn.ParameterList(nn.Parameter(b.weight.float()) for b in branches)
         self.bias = nn.Parameter(bias.float())
         self.register_buffer("clip", torch.full_like(self.bias.detach(), float("nan")))
+
+    def assign_(self, weights: list[Tensor], bias: Tensor) -> None:
+        """Take the values of other weights, one tensor per branch, and another bias."""
+        with torch.no_grad():
+            for target, weight in zip(self.weights, weights, strict=True):
+                target.copy_(weight)
+            self.bias.copy_(bias)
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         """Return the layer's current, `[N, C, H, W]` or `[N, F]`, from its branches' inputs."""
@@ -112,11 +153,13 @@ class Qann(nn.Module):
         self.nodes = nodes
         self.layers = nn.ModuleList(n for n in nodes if isinstance(n, Layer))
 
+    def weighted(self) -> list[Layer]:
+        """Return all layers, populations and readouts, in topological order."""
+        return [node for node in self.nodes if isinstance(node, Layer)]
+
     def populations(self) -> Iterator[Layer]:
         """Yield the layers that have neurons, in topological order."""
-        for node in self.nodes:
-            if isinstance(node, Layer) and not node.readout:
-                yield node
+        yield from (layer for layer in self.weighted() if not layer.readout)
 
     def forward(
         self,
@@ -155,8 +198,8 @@ class Qann(nn.Module):
 def activate(layer: Layer, x: Tensor, timesteps: int | None, offset: float = 0.5) -> Tensor:
     """Apply a population's activation: quantised to T levels, or as in the float ANN."""
     if timesteps is not None:
-        clip = per_channel(layer.clip, x.ndim)
-        return quantize(x, clip, timesteps, two_sided=layer.two_sided, offset=offset)
+        quantised: Tensor = FakeQuantize.apply(x, layer.clip, timesteps, layer.two_sided, offset)
+        return quantised
     if not layer.two_sided:
         return x.clamp(min=0, max=layer.cap)
     return x if layer.cap is None else x.clamp(-layer.cap, layer.cap)

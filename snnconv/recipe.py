@@ -3,8 +3,11 @@
     arch = "squeezenet1_0"
     description = "..."
     reference = "..."
+    timesteps = 3             # T, if --timesteps does not say
+    weight_bits = 8           # likewise
     [model_args]              # passed to the network's constructor
     [preprocessing]           # any of: input_size mean std scale crop_pct interpolation channels
+    [train]                   # how to retrain: any key of snnconv.train.TrainSettings
 
 `mean` and `std` hold for pixels from 0 to `scale` (default 1), in the order red, green, blue;
 `channels = "bgr"` says that the weights of the first convolution have the other order.
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +25,10 @@ from typing import Any
 from snnconv.errors import UsageError
 from snnconv.preprocess import Preprocessing, overridden
 
-KEYS = ("arch", "description", "reference", "model_args", "preprocessing")
+KEYS = (
+    "arch", "description", "reference", "timesteps", "weight_bits", "model_args", "preprocessing",
+    "train",
+)  # fmt: skip
 PREPROCESSING_KEYS = (
     "input_size", "mean", "std", "scale", "crop_pct", "interpolation", "channels",
 )  # fmt: skip
@@ -29,14 +36,17 @@ PREPROCESSING_KEYS = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to read checkpoints of one kind."""
+    """How to read checkpoints of one kind, and how to retrain them."""
 
     name: str
     arch: str
     description: str = ""
     reference: str = ""
+    timesteps: int | None = None
+    weight_bits: int | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
 
     @property
     def channels(self) -> str:
@@ -79,23 +89,27 @@ def read_recipe(name: str) -> Recipe:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
-    _refuse_unknown(path, values, KEYS)
+    refuse_unknown(str(path), values, KEYS)
     if not isinstance(values.get("arch"), str):
         raise UsageError(f"{path}: a recipe needs arch, the name of a timm architecture")
-    for key in ("model_args", "preprocessing"):
+    for key in ("timesteps", "weight_bits"):
+        if type(values.get(key, 1)) is not int:
+            raise UsageError(f"{path}: {key} must be a whole number")
+    for key in ("model_args", "preprocessing", "train"):
         if not isinstance(values.get(key, {}), dict):
             raise UsageError(f"{path}: {key} must be a table")
-    _refuse_unknown(path, values.get("preprocessing", {}), PREPROCESSING_KEYS)
+    refuse_unknown(str(path), values.get("preprocessing", {}), PREPROCESSING_KEYS)
     recipe = Recipe(path.stem, **values)
     if recipe.channels not in ("rgb", "bgr"):
         raise UsageError(f'{path}: channels must be "rgb" or "bgr", not {recipe.channels!r}')
     return recipe
 
 
-def _refuse_unknown(path: Path, values: dict[str, Any], known: tuple[str, ...]) -> None:
+def refuse_unknown(where: str, values: dict[str, Any], known: Sequence[str]) -> None:
+    """Raise UsageError, with near names, if there are keys beside the known ones."""
     unknown = [k for k in values if k not in known]
     if unknown:
-        raise UsageError(f"{path}: unknown keys", [f"{k}{suggestion(k, known)}" for k in unknown])
+        raise UsageError(f"{where}: unknown keys", [f"{k}{suggestion(k, known)}" for k in unknown])
 
 
 def suggestion(name: str, known: Any) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 from snnconv.checkpoint import load_network
 from snnconv.cli.main import run
 
-DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "--quiet"]
+DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "--epochs", "0", "--quiet"]
 EVALUATION_KEYS = {
     "schema", "version", "model", "checkpoint", "task", "metric", "split", "images", "partial",
     "data_sha256", "timesteps", "trained_timesteps", "schedule", "neuron", "initial_membrane",
@@ -141,7 +141,7 @@ def test_every_calibration_and_few_bits(method: str, capsys: pytest.CaptureFixtu
         (["convert", "zoo:digits", "-T", "5000"], 2, "4095"),
         (["convert", "zoo:digits", "--drain", "soon"], 2, "--drain"),
         (["convert", "zoo:digits", "--schedule", "paper", "--drain", "3"], 2, "no drain"),
-        (["convert", "zoo:digits", "--epochs", "1"], 2, "not available yet"),
+        (["convert", "zoo:digits", "--epochs", "1"], 2, "no data given: nothing to retrain on"),
         (["convert", "zoo:digits", "--calibration", "mse"], 2, "no data given"),
         (["convert", "zoo:digits", "--data", "nowhere"], 1, "no such folder"),
         (["convert", "zoo:digits", "-o", "x.pt"], 2, "*.snn.safetensors"),
@@ -181,7 +181,7 @@ def test_images_of_another_size_are_resized_and_it_is_said(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
     arrays(own_folder / "d", 9, 1, 10)
-    assert run(["convert", "zoo:digits", "--data", "d", "--json"]) == 0
+    assert run(["convert", "zoo:digits", "--data", "d", "--epochs", "0", "--json"]) == 0
     out, err = capsys.readouterr()
     assert "images of 9x9 are resized to the network's 8x8" in err
     assert json.loads(out)["preprocessing"]["input_size"] == [1, 8, 8]
@@ -256,7 +256,7 @@ def test_a_bgr_network_and_its_turned_twin_are_the_same(
     state[f"{first}.weight"] = state[f"{first}.weight"].flip(1)
     torch.save(state, "rgb.pt")
     arrays(own_folder / "d", 32, 3, 10)
-    base = ["--arch", "test_resnet", "--data", "d", "-q"]
+    base = ["--arch", "test_resnet", "--data", "d", "--epochs", "0", "-q"]
     assert run(["convert", "bgr.pt", *base, "--channels", "bgr"]) == 0
     assert run(["convert", "rgb.pt", *base]) == 0
     one, two = (load_network(Path(f"{n}.snn.safetensors")) for n in ("bgr", "rgb"))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 
 from snnconv.cli.main import run
+from snnconv.model_zoo import catalog
 
 
 @dataclass(frozen=True)
@@ -26,20 +26,22 @@ def two_entries(monkeypatch: pytest.MonkeyPatch) -> None:
         Entry("digits", "a small residual network", "scikit-learn digits", "digits.safetensors"),
         Entry("cifar_resnet20", "ResNet-20", "He et al. 2016", None),
     ]
-    catalog = SimpleNamespace(entries=lambda: entries)
-    monkeypatch.setitem(sys.modules, "snnconv.model_zoo", SimpleNamespace(catalog=catalog))
-    monkeypatch.setitem(sys.modules, "snnconv.model_zoo.catalog", catalog)
+    found = {"digits.digits-t3": Path("digits.digits-t3.snn.safetensors")}
+    monkeypatch.setattr(catalog, "entries", lambda: entries)
+    monkeypatch.setattr(catalog, "checkpoints", lambda: found)
 
 
 @pytest.mark.usefixtures("two_entries")
 def test_table_lists_every_entry(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["zoo"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    (digits,) = [line for line in lines if line.strip().startswith("digits")]
-    (resnet,) = [line for line in lines if line.strip().startswith("cifar_resnet20")]
+    (digits,) = [line for line in lines if line.strip().startswith("digits ")]
+    (resnet,) = [line for line in lines if line.strip().startswith("cifar_resnet20 ")]
     assert " yes " in digits
     assert " no " in resnet
     assert "He et al. 2016" in resnet
+    assert any(line.strip() == "zoo:digits.digits-t3" for line in lines)
+    assert any(line.strip().startswith("cifar_resnet20_t3 ") for line in lines)
 
 
 @pytest.mark.usefixtures("two_entries")

@@ -25,7 +25,10 @@ def accuracy(checkpoint: Path, recipe: str, data: str) -> float:
     loaded = load_model(str(checkpoint), recipe=read_recipe(recipe))
     test = open_data(data, "test", calibration_images=0)
     indices = np.arange(len(test))
-    found, images = top1_percent(loaded.model, test, loaded.preprocessing, indices)
+    normalize = loaded.preprocessing.normalize
+    found, images = top1_percent(
+        lambda pixels: loaded.model(normalize(pixels)), test, loaded.preprocessing, indices
+    )
     assert images == len(test)
     return found
 

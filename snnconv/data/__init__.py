@@ -9,11 +9,19 @@ import numpy as np
 
 from snnconv.data.arrays import SPLITS, find_arrays, from_arrays, read_npz
 from snnconv.data.folders import read_folder
-from snnconv.data.images import ImageData
+from snnconv.data.images import ImageData, default_batch
 from snnconv.data.timm_sets import is_timm_set, read_timm
 from snnconv.errors import DataError, UsageError
 
-__all__ = ["SPLITS", "ImageData", "check_labels", "choose_indices", "open_data", "open_held_out"]
+__all__ = [
+    "SPLITS",
+    "ImageData",
+    "check_labels",
+    "choose_indices",
+    "default_batch",
+    "open_data",
+    "open_held_out",
+]
 
 
 def choose_indices(total: int, count: int | None, seed: int) -> np.ndarray:

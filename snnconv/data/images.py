@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from snnconv.preprocess import Preprocessing
 UNREADABLE_SHARE = 0.01
 NAMED = 10
 BATCH_NUMBERS = 2**22
+Transform = Callable[[Any], Any]
 TO_TENSOR = ("ToTensor", "MaybeToTensor", "PILToTensor", "MaybePILToTensor", "Normalize")
 
 
@@ -45,8 +46,13 @@ class Images(Protocol):
     def __len__(self) -> int:
         """Return the number of images."""
 
-    def pixels(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
-        """Return one image, uint8 `[C, H, W]`. Raises UnreadableImage."""
+    def pixels(
+        self, index: int, preprocessing: Preprocessing, transform: Transform | None = None
+    ) -> np.ndarray:
+        """Return one image, uint8 `[C, H, W]`, resized and cropped as in evaluation.
+
+        A `transform` of PIL images takes the place of that. Raises UnreadableImage.
+        """
 
     def update(self, digest: Any, indices: np.ndarray) -> None:
         """Feed the images as they are stored to a hash."""
@@ -95,13 +101,12 @@ class ImageData:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels uint8 `[n, C, H, W]` and labels int64 `[n]` in the order of `indices`.
 
-        Without a `batch_size` it is 100, or fewer for images of more than 118 pixels. Images that
-        cannot be read are left out and their names kept in `unreadable`. Raises DataError once they
-        are more than one in a hundred of those asked for.
+        Without a `batch_size` it is `default_batch`. Images that cannot be read are left out and
+        their names kept in `unreadable`. Raises DataError once they are more than one in a hundred
+        of those asked for.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        if batch_size is None:
-            batch_size = max(1, min(100, BATCH_NUMBERS // math.prod(preprocessing.input_size)))
+        batch_size = batch_size or default_batch(preprocessing)
         failed = 0
         for start in range(0, len(indices), batch_size):
             kept, pixels = [], []
@@ -124,6 +129,11 @@ class ImageData:
                 yield torch.from_numpy(np.stack(pixels)), torch.from_numpy(self.labels[kept])
 
 
+def default_batch(preprocessing: Preprocessing) -> int:
+    """Return the images in a batch: 100, or fewer for images of more than 118 pixels."""
+    return max(1, min(100, BATCH_NUMBERS // math.prod(preprocessing.input_size)))
+
+
 class _Chosen:
     """Some of the images of another source."""
 
@@ -133,8 +143,10 @@ class _Chosen:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def pixels(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
-        return self.images.pixels(int(self.indices[index]), preprocessing)
+    def pixels(
+        self, index: int, preprocessing: Preprocessing, transform: Transform | None = None
+    ) -> np.ndarray:
+        return self.images.pixels(int(self.indices[index]), preprocessing, transform)
 
     def update(self, digest: Any, indices: np.ndarray) -> None:
         self.images.update(digest, self.indices[indices])
@@ -153,10 +165,12 @@ class ArrayImages:
         """Return the number of images."""
         return len(self.images)
 
-    def pixels(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
+    def pixels(
+        self, index: int, preprocessing: Preprocessing, transform: Transform | None = None
+    ) -> np.ndarray:
         """Return one image, resized if it has another size than the network takes."""
         image = self.images[index]
-        if self.size == tuple(preprocessing.input_size):
+        if transform is None and self.size == tuple(preprocessing.input_size):
             return np.ascontiguousarray(image.transpose(2, 0, 1))
         from PIL import Image
 
@@ -166,7 +180,7 @@ class ArrayImages:
                 f"{preprocessing.input_size[0]}"
             )
         picture = Image.fromarray(image[..., 0] if self.size[0] == 1 else image)
-        return to_pixels(picture, preprocessing)
+        return to_pixels(picture, preprocessing, transform)
 
     def update(self, digest: Any, indices: np.ndarray) -> None:
         """Feed shape and pixels to a hash."""
@@ -188,14 +202,16 @@ class FileImages:
         """Return the number of files."""
         return len(self.files)
 
-    def pixels(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
+    def pixels(
+        self, index: int, preprocessing: Preprocessing, transform: Transform | None = None
+    ) -> np.ndarray:
         """Decode, resize and crop one file."""
         from PIL import Image
 
         file = self.files[index]
         try:
             with Image.open(file) as image:
-                return to_pixels(image, preprocessing)
+                return to_pixels(image, preprocessing, transform)
         except DataError:
             raise
         except Exception as error:  # decoders raise whatever they like on damaged files
@@ -213,25 +229,34 @@ class FileImages:
                 digest.update(b"unreadable")
 
 
-def to_pixels(image: Any, preprocessing: Preprocessing) -> np.ndarray:
-    """Turn a PIL image into pixels uint8 `[C, H, W]` as timm does in evaluation."""
+def to_pixels(
+    image: Any, preprocessing: Preprocessing, transform: Transform | None = None
+) -> np.ndarray:
+    """Turn a PIL image into pixels uint8 `[C, H, W]` as timm does in evaluation, or a transform."""
     mode = {1: "L", 3: "RGB"}.get(preprocessing.input_size[0])
     if mode is None:
         channels = preprocessing.input_size[0]
         raise DataError(f"the network takes {channels} channels, images have 1 or 3")
-    pixels = np.asarray(_transform(preprocessing)(image.convert(mode)), dtype=np.uint8)
+    transform = transform or evaluation_transform(preprocessing)
+    pixels = np.asarray(transform(image.convert(mode)), dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 @lru_cache(maxsize=8)
-def _transform(preprocessing: Preprocessing) -> Any:
+def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     """Return timm's resize and centre crop, without its normalisation."""
     from timm.data import create_transform
-    from torchvision.transforms import Compose
 
     whole = create_transform(
         preprocessing.input_size,
         interpolation=preprocessing.interpolation,
         crop_pct=preprocessing.crop_pct,
     )
-    return Compose([t for t in whole.transforms if type(t).__name__ not in TO_TENSOR])
+    return compose(whole.transforms)
+
+
+def compose(steps: Sequence[Any]) -> Transform:
+    """Put transforms in a row, without those that make tensors and normalise them."""
+    from torchvision.transforms import Compose
+
+    return Compose([t for t in steps if type(t).__name__ not in TO_TENSOR])

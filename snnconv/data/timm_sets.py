@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from snnconv.data.folders import read_folder
-from snnconv.data.images import ImageData, UnreadableImage, to_pixels
+from snnconv.data.images import ImageData, Transform, UnreadableImage, to_pixels
 from snnconv.errors import DataError, first_line
 from snnconv.preprocess import Preprocessing
 
@@ -83,8 +83,10 @@ class _TimmImages:
         except Exception as error:  # decoders raise whatever they like on damaged files
             raise UnreadableImage(f"{self.name}[{index}]: {error}") from error
 
-    def pixels(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
-        return to_pixels(self._image(index), preprocessing)
+    def pixels(
+        self, index: int, preprocessing: Preprocessing, transform: Transform | None = None
+    ) -> np.ndarray:
+        return to_pixels(self._image(index), preprocessing, transform)
 
     def update(self, digest: Any, indices: np.ndarray) -> None:
         for index in indices:

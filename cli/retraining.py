@@ -1,0 +1,221 @@
+"""The options of quantized retraining, and what `snnconv convert` does with them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from snnconv.errors import UsageError
+
+from . import console
+
+if TYPE_CHECKING:
+    from snnconv.data import ImageData
+    from snnconv.load import LoadedModel
+    from snnconv.pipeline import Retrain
+    from snnconv.progress import Progress
+    from snnconv.recipe import Recipe
+    from snnconv.train import TrainSettings
+
+LARGEST_WORKERS = 8
+# Images of so many are hashed to tell one training set from another.
+HASHED_IMAGES = 1000
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What the options say about retraining; None where they say nothing."""
+
+    epochs: int | None
+    lr: float | None
+    batch_size: int | None
+    distill: bool | None
+    workers: int | None
+    resume: bool
+
+    def settings(self, recipe: Recipe | None) -> TrainSettings | None:
+        """Return the recipe's settings, or the defaults, with the options put in.
+
+        None for no epochs. Raises UsageError for values that make no sense.
+        """
+        from snnconv.train import TrainSettings
+
+        values = dict(recipe.train) if recipe else {}
+        epochs = values.pop("epochs", None) if self.epochs is None else self.epochs
+        values.pop("epochs", None)
+        settings = TrainSettings.from_dict(recipe.name if recipe else "training", values)
+        if epochs == 0:
+            self.refuse_without_training("--epochs 0 retrains nothing")
+            return None
+        given: dict[str, Any] = {
+            "epochs": epochs,
+            "lr": self.lr,
+            "batch_size": self.batch_size,
+        }
+        if self.distill is not None:
+            given["distill"] = (settings.distill or TrainSettings.distill) if self.distill else 0.0
+        return replace(settings, **{k: v for k, v in given.items() if v is not None})
+
+    def refuse_without_training(self, why: str) -> None:
+        """Raise UsageError if an option was given that only retraining heeds."""
+        given = {
+            "--epochs": bool(self.epochs),
+            "--lr": self.lr is not None,
+            "--batch-size": self.batch_size is not None,
+            "--distill": self.distill is not None,
+            "--resume": self.resume,
+        }
+        if useless := [name for name, is_given in given.items() if is_given]:
+            raise UsageError(f"{why}; {', '.join(useless)} would do nothing")
+
+
+_OPTIONS = (
+    click.option(
+        "--epochs",
+        type=click.IntRange(min=0),
+        help="Epochs of quantized retraining; 0 converts without training.  [default: the "
+        "recipe's, else 12; without training images 0]",
+    ),
+    click.option(
+        "--lr",
+        type=click.FloatRange(0, 10, min_open=True),
+        help="Highest learning rate.  [default: the recipe's, else 0.01]",
+    ),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        help="Images per step, over all processes.  [default: the recipe's, else 128]",
+    ),
+    click.option(
+        "--distill/--no-distill",
+        default=None,
+        help="Learn from the float network's outputs, or from the labels only.  [default: distill]",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(min=0),
+        help="Processes that read training images.  [default: 0 for images in memory, else one "
+        f"per processor, {LARGEST_WORKERS} at most]",
+    ),
+    click.option(
+        "--resume", is_flag=True, help="Go on with the retraining that was interrupted here."
+    ),
+)
+
+
+def train_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of retraining; they arrive as `training: TrainOptions`."""
+
+    @functools.wraps(function)
+    def command(*args: Any, **values: Any) -> Any:
+        names = ("epochs", "lr", "batch_size", "distill", "workers", "resume")
+        training = TrainOptions(*(values.pop(name) for name in names))
+        return function(*args, training=training, **values)
+
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass(frozen=True)
+class TrainFiles:
+    """What a retraining writes by the way, beside the checkpoint it is for."""
+
+    state: Path
+    metrics: Path
+
+    @classmethod
+    def beside(cls, checkpoint: Path) -> TrainFiles:
+        """Name the files of a checkpoint."""
+        stem = checkpoint.name.removesuffix(".snn.safetensors")
+        return cls(
+            checkpoint.with_name(f"{stem}.train.pt"), checkpoint.with_name(f"{stem}.metrics.jsonl")
+        )
+
+    def described(self, retraining: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return what is known of a retraining with a line per epoch, for the report."""
+        if retraining is None:
+            return None
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return {**retraining, "epochs": [json.loads(line) for line in lines]}
+
+    def require_free(self, resume: bool, force: bool) -> None:
+        """Raise UsageError if an interrupted training would be lost, or there is none to resume."""
+        if resume and not self.state.is_file():
+            raise UsageError(f"--resume: there is no {self.state}, no interrupted retraining")
+        if self.state.exists() and not resume and not force:
+            raise UsageError(
+                f"{self.state} is an interrupted retraining; give --resume to go on with it, or "
+                "--force to begin anew"
+            )
+
+
+def retrainer(
+    options: TrainOptions,
+    settings: TrainSettings,
+    loaded: LoadedModel,
+    data: ImageData,
+    files: TrainFiles,
+    *,
+    timesteps: int,
+    weight_bits: int,
+    initial_membrane: str,
+    images: Callable[[], Iterable[Any] | None],
+    calibration: dict[str, Any],
+    seed: int,
+    device: str,
+    progress: Progress,
+    quiet: bool,
+) -> Retrain:
+    """Return the function that retrains a calibrated network in place.
+
+    `images` gives the pixels to calibrate on, `calibration` says how, as plain JSON values.
+    """
+    from snnconv.data import choose_indices
+    from snnconv.train import retrain
+
+    workers = options.workers
+    if workers is None:
+        in_memory = data.images.size is not None
+        workers = 0 if in_memory else min(os.cpu_count() or 1, LARGEST_WORKERS)
+    shared: dict[str, Any] = {
+        "timesteps": timesteps,
+        "weight_bits": weight_bits,
+        "initial_membrane": initial_membrane,
+    }
+    identity = {
+        **shared,
+        "network": loaded.name,
+        "model_args": loaded.model_args,
+        "weights_sha256": loaded.weights_sha256,
+        "preprocessing": loaded.preprocessing.to_dict(),
+        "images": len(data),
+        "data_sha256": data.sha256(choose_indices(len(data), HASHED_IMAGES, seed)),
+        "calibration": calibration,
+    }
+    return functools.partial(
+        retrain,
+        teacher=loaded.model,
+        data=data,
+        preprocessing=loaded.preprocessing,
+        settings=settings,
+        calibration=calibration["method"],
+        images=images,
+        resume=options.resume,
+        seed=seed,
+        device=device,
+        workers=workers,
+        identity=identity,
+        state=files.state,
+        metrics=files.metrics,
+        progress=progress,
+        announce=lambda text: console.note(text, quiet),
+        **shared,
+    )

@@ -1,0 +1,172 @@
+"""Training images: augmented by timm's and torchvision's transforms, keyed by what they are.
+
+What happens to an image depends on (seed, epoch, index) alone, so neither the number of worker
+processes, nor that of ranks, nor an interruption changes what a network is trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from snnconv.data.images import (
+    NAMED,
+    UNREADABLE_SHARE,
+    ImageData,
+    Transform,
+    UnreadableImage,
+    compose,
+    evaluation_transform,
+)
+from snnconv.errors import DataError, UsageError
+from snnconv.preprocess import Preprocessing
+
+CROPS = ("shift", "scale", "none")
+# Images up to this many pixels a side are shifted; larger ones are cropped and scaled.
+SMALL_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to a training image.
+
+    `crop` is `shift` (padded by an eighth of its size, then cropped: He et al., arXiv 1512.03385,
+    section 4.2), `scale` (timm's random resized crop of at least the share `scale` of its area)
+    or `none`; None chooses by size. `flip` is the probability of a horizontal flip; None is one
+    half for color images and 0 for grey ones, which are digits as a rule. `auto_augment` is a
+    policy as timm spells it, for example `rand-m9-mstd0.5`.
+    """
+
+    crop: str | None = None
+    scale: float = 0.35
+    flip: float | None = None
+    auto_augment: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        if self.crop not in (None, *CROPS):
+            raise UsageError(f"crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
+        for name, value in (("scale", self.scale), ("flip", self.flip)):
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"{name} must be between 0 and 1, not {value}")
+
+    def transform(self, preprocessing: Preprocessing) -> Transform:
+        """Return a transform from PIL images to PIL images of the network's size."""
+        from timm.data import create_transform
+        from torchvision.transforms import RandomCrop, RandomHorizontalFlip
+
+        channels, height, width = preprocessing.input_size
+        crop = self.crop or ("shift" if max(height, width) <= SMALL_SIDE else "scale")
+        flip = self.flip if self.flip is not None else (0.5 if channels == 3 else 0.0)
+        scaled = create_transform(
+            preprocessing.input_size,
+            is_training=True,
+            scale=(self.scale, 1.0),
+            hflip=flip,
+            color_jitter=0.0,
+            auto_augment=self.auto_augment,
+            interpolation=preprocessing.interpolation,
+        ).transforms
+        if crop == "scale":
+            return compose(scaled)
+        steps: list[Any] = [evaluation_transform(preprocessing)]
+        if crop == "shift":
+            steps.append(RandomCrop((height, width), padding=(width // 8, height // 8)))
+        if flip:
+            steps.append(RandomHorizontalFlip(flip))
+        return compose(steps + [t for t in scaled if "Augment" in type(t).__name__])
+
+
+def training_batches(
+    data: ImageData,
+    preprocessing: Preprocessing,
+    augmentation: Augmentation,
+    batches: Sequence[np.ndarray],
+    *,
+    seed: int,
+    epoch: int,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield augmented pixels uint8 `[n, C, H, W]` and labels int64 `[n]` of each batch of indices.
+
+    Images that cannot be read are left out and their names kept in `data.unreadable`; raises
+    DataError once they are more than one in a hundred.
+    """
+    dataset = _Augmented(data, preprocessing, augmentation, (seed, epoch))
+    loader = DataLoader(
+        dataset,
+        batch_sampler=[b.tolist() for b in batches],
+        num_workers=workers,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else it draws from the global one
+    )
+    failed, total = 0, sum(map(len, batches))
+    for pixels, labels, unreadable in loader:
+        failed += len(unreadable)
+        data.unreadable.extend(n for n in unreadable if n not in data.unreadable)
+        if failed > UNREADABLE_SHARE * total:
+            raise DataError(
+                f"{data.name}: {failed} training images cannot be read; mend or remove them",
+                data.unreadable[:NAMED],
+            )
+        if len(labels):
+            yield pixels, labels
+
+
+class _Augmented(Dataset[Any]):
+    """Augmented images of one epoch by index; a text is the name of one that cannot be read."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        key: tuple[int, int],
+    ) -> None:
+        self.data, self.preprocessing, self.key = data, preprocessing, key
+        self.transform = augmentation.transform(preprocessing)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, int] | str]:
+        with _generators_kept():
+            return [self.one(i) for i in indices]
+
+    def one(self, index: int) -> tuple[np.ndarray, int] | str:
+        state = np.random.SeedSequence([*self.key, index]).generate_state(3)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[1]))  # timm's policies draw from the global generators
+        torch.manual_seed(int(state[2]))
+        try:
+            pixels = self.data.images.pixels(index, self.preprocessing, self.transform)
+        except UnreadableImage as error:
+            return str(error)
+        return pixels, int(self.data.labels[index])
+
+
+def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
+    read = [i for i in items if not isinstance(i, str)]
+    pixels = torch.from_numpy(np.stack([p for p, _ in read])) if read else torch.empty(0)
+    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    return pixels, labels, [i for i in items if isinstance(i, str)]
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    """Leave the generators of Python, numpy and torch as they were found."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

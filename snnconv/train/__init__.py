@@ -1,0 +1,68 @@
+"""Quantization-aware training of a traced network (method.md, section 1; arXiv 2305.19868).
+
+What is trained are the network's own parameters, with BatchNorm as in inference, and the clips.
+Every forward pass folds them, rounds them to the integers the spiking network would hold, and
+quantises every activation to T levels; gradients pass the roundings straight. So the network that
+is trained is the one that is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from snnconv.calibrate import calibrate_
+from snnconv.data import ImageData
+from snnconv.graph import Traced
+from snnconv.plan import ConversionPlan
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import Qann
+from snnconv.train.loop import Training
+from snnconv.train.settings import TrainSettings
+from snnconv.train.student import Student
+
+__all__ = ["Student", "TrainSettings", "Training", "retrain"]
+
+
+def retrain(
+    traced: Traced,
+    plan: ConversionPlan,
+    qann: Qann,
+    *,
+    teacher: nn.Module,
+    data: ImageData,
+    preprocessing: Preprocessing,
+    timesteps: int,
+    weight_bits: int = 8,
+    initial_membrane: str = "half",
+    settings: TrainSettings | None = None,
+    calibration: str = "mse",
+    images: Callable[[], Iterable[Tensor] | None] = lambda: None,
+    resume: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """Retrain a calibrated network in place: the traced one's parameters, and its QANN.
+
+    `teacher` is the float network to learn from, on normalised images; `data` a training split.
+    `images` gives batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method
+    `calibration`, where the settings name stages. `options` are those of `Training`. Returns
+    settings and choice as plain JSON values, for the provenance. With `functools.partial` this is
+    the `retrain` of `snnconv.convert`.
+    """
+
+    def recalibrate(stage: int) -> None:
+        device = next(qann.parameters()).device
+        pixels = images()
+        normalized = (
+            None if pixels is None else (preprocessing.normalize(p.to(device)) for p in pixels)
+        )
+        calibrate_(qann, normalized, stage, calibration)
+
+    offset = 0.5 if initial_membrane == "half" else 0.0
+    student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, offset)
+    training = Training(
+        student, teacher, data, settings or TrainSettings(), recalibrate=recalibrate, **options
+    )
+    return training.run(resume)

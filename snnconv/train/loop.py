@@ -1,0 +1,449 @@
+"""The course of a retraining: batches, steps, held-out images, states to resume from."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from snnconv import distributed
+from snnconv.checkpoint import write_atomically
+from snnconv.data import ImageData, choose_indices
+from snnconv.data.augment import training_batches
+from snnconv.engine import endpoint
+from snnconv.errors import DataError, SnnconvError, UsageError, first_line
+from snnconv.graph import flatten_outputs
+from snnconv.network import SpikingNetwork
+from snnconv.normalize import integerize
+from snnconv.progress import Progress, silent
+from snnconv.quant import Qann
+from snnconv.train.settings import TrainSettings
+from snnconv.train.student import Student
+
+# A state is written after every epoch, and in between when it is this old.
+SAVE_SECONDS = 60.0
+TIMED_STEPS = 5
+# Augmentation of held-out images is that of an epoch that never comes.
+HELD_OUT_EPOCH = 2**31 - 1
+HELD_OUT_SHARE = 0.1
+HELD_OUT_BATCH = 250
+# In this last share of the epochs nothing is computed in half precision.
+EXACT_SHARE = 0.25
+
+
+@dataclass
+class _Progressed:
+    """How far a training is: what `--resume` needs beside the parameters."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0
+    hits: int = 0
+    images: int = 0
+    best_score: float = math.inf
+    best_epoch: int = 0
+    seconds: float = 0.0
+    written: int = 0
+
+
+class Training:
+    """One retraining of a calibrated network, from its start or from where it was left.
+
+    `teacher` is the float network, on normalised images; `recalibrate` sets the QANN's clips for
+    a T, when stages change it. `identity` tells one training from another: a state on disk is only
+    continued under the same. `state` and `metrics` are the files written by the way (None: none).
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: nn.Module,
+        data: ImageData,
+        settings: TrainSettings,
+        *,
+        seed: int = 0,
+        device: str = "cpu",
+        workers: int = 0,
+        recalibrate: Callable[[int], None] | None = None,
+        identity: dict[str, Any] | None = None,
+        state: Path | None = None,
+        metrics: Path | None = None,
+        progress: Progress = silent,
+        announce: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """Divide the images and build the optimiser. Raises UsageError for one timm has not."""
+        from timm.optim import create_optimizer_v2
+        from timm.scheduler import CosineLRScheduler
+
+        self.student, self.teacher = student.to(device), teacher.to(device).eval()
+        self.student.qann.to(device)
+        self.data, self.settings, self.seed, self.device = data, settings, seed, device
+        self.workers, self.recalibrate = workers, recalibrate
+        self.identity = {**(identity or {}), "settings": settings.to_dict(), "seed": seed}
+        self.state, self.metrics = state, metrics
+        self.progress, self.announce = progress, announce
+        self.timesteps = student.timesteps
+        self.preprocessing = student.preprocessing
+        self.held_out = choose_indices(
+            len(data), min(settings.held_out, int(len(data) * HELD_OUT_SHARE)), seed
+        )
+        self.indices = np.setdiff1d(np.arange(len(data)), self.held_out)
+        if not len(self.held_out):
+            raise DataError(
+                f"{data.name}: {len(data)} training images are too few to retrain; take --epochs 0"
+            )
+        self.batch = min(settings.batch_size, len(self.indices))
+        self.steps = len(self.indices) // self.batch
+        if self.batch < distributed.size():
+            raise UsageError(f"a batch of {self.batch} images cannot be shared by more processes")
+        groups = _groups(student, settings)
+        try:
+            self.optimizer = create_optimizer_v2(
+                groups, opt=settings.optimizer, lr=settings.lr, momentum=settings.momentum
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            raise UsageError(
+                f"training: timm has no optimizer {settings.optimizer!r} ({first_line(error)})"
+            ) from error
+        total = self.steps * settings.epochs
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=max(1, total),
+            warmup_t=int(total * settings.warmup),
+            t_in_epochs=False,
+        )
+        self.at = _Progressed()
+        self.ema = [p.detach().clone() for p in student.trained()] if settings.ema else None
+        self.best: list[Tensor] | None = None
+        self.readout = _classifier(student.qann)
+        self.teacher_logits: list[Tensor] = []
+        self.estimated = False
+
+    def run(self, resume: bool = False) -> dict[str, Any]:
+        """Train, and leave the best epoch's parameters in the student and its QANN.
+
+        Returns what was chosen, as plain JSON values. Raises SnnconvError if the loss is not
+        finite, UsageError if `resume` finds no state or one of another training.
+        """
+        if resume:
+            self._load()
+        elif self.metrics is not None and distributed.rank() == 0:
+            self.metrics.write_text("")
+        model = self._shared()
+        if self.at.epoch == 0 and self.at.step == 0:
+            self._enter_stage(0)
+            self._finish_epoch(0.0)
+        while self.at.epoch < self.settings.epochs:
+            self._epoch(model)
+        assert self.best is not None
+        _assign(self.student.trained(), self.best)
+        for module in (self.student, self.student.qann, self.teacher):
+            module.cpu()
+        self.student.refresh()
+        return {
+            "settings": self.settings.to_dict(),
+            "images": len(self.indices),
+            "held_out_images": len(self.held_out),
+            "held_out_kl": self.at.best_score,
+            "chosen_epoch": self.at.best_epoch,
+        }
+
+    def _shared(self) -> nn.Module:
+        if distributed.size() == 1:
+            return self.student
+        return nn.parallel.DistributedDataParallel(self.student)
+
+    def _stage(self, epoch: int) -> int:
+        """Return the T of an epoch."""
+        stages = (*self.settings.stages, self.timesteps)
+        return stages[min(epoch * len(stages) // self.settings.epochs, len(stages) - 1)]
+
+    def _enter_stage(self, epoch: int) -> None:
+        """Go on with the T of an epoch, if it differs."""
+        timesteps = self._stage(epoch)
+        if timesteps == self.student.timesteps and epoch:
+            return
+        if timesteps != self.student.timesteps and self.recalibrate is not None:
+            self.student.refresh()
+            self.recalibrate(timesteps)
+            self.student.take_clips()
+        self.student.timesteps = timesteps
+
+    def _epoch(self, model: nn.Module) -> None:
+        at, epoch = self.at, self.at.epoch
+        started = saved = timed = time.monotonic()
+        rate = self.optimizer.param_groups[0]
+        for count, (pixels, labels) in enumerate(self._batches(epoch, at.step), 1):
+            loss, hits = self._step(model, pixels.to(self.device), labels.to(self.device))
+            at.loss, at.hits, at.images = at.loss + loss, at.hits + hits, at.images + len(labels)
+            at.step += 1
+            self.progress(
+                "retrain",
+                epoch * self.steps + at.step,
+                self.steps * self.settings.epochs,
+                f"epoch {epoch + 1}/{self.settings.epochs}, loss {at.loss / at.step:.3f}, "
+                f"held-out KL {at.best_score:.4f}",
+            )
+            if not self.estimated and count == 1:
+                timed = time.monotonic()
+            elif not self.estimated and count == 1 + TIMED_STEPS:
+                self._estimate((time.monotonic() - timed) / TIMED_STEPS)
+            if time.monotonic() - saved > SAVE_SECONDS and at.step < self.steps:
+                at.seconds += time.monotonic() - started
+                started = saved = time.monotonic()
+                self._save()
+        at.seconds += time.monotonic() - started
+        at.epoch, at.step = epoch + 1, 0
+        self._finish_epoch(rate["lr"])
+        if at.epoch < self.settings.epochs:
+            self._enter_stage(at.epoch)
+        self._save()
+
+    def _estimate(self, seconds: float) -> None:
+        """Say how long the rest will take."""
+        self.estimated = True
+        left = self.steps * (self.settings.epochs - self.at.epoch) - self.at.step
+        self.announce(
+            f"retraining: {self.settings.epochs} epochs of {self.steps} steps, {seconds:.2f} s a "
+            f"step, about {math.ceil(seconds * left / 60)} minutes to go; it can be interrupted "
+            "and continued with --resume"
+        )
+
+    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's share of the batches of an epoch from `first` on."""
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        order = generator.permutation(self.indices)
+        batches = [order[k * self.batch : (k + 1) * self.batch] for k in range(first, self.steps)]
+        return training_batches(
+            self.data,
+            self.preprocessing,
+            self.settings.augmentation,
+            [distributed.share(b) for b in batches],
+            seed=self.seed,
+            epoch=epoch,
+            workers=self.workers,
+        )
+
+    def _precision(self) -> Any:
+        """Return the context of a forward pass: bfloat16 on a GPU, but not near the end."""
+        early = self.at.epoch < self.settings.epochs * (1 - EXACT_SHARE)
+        if self.settings.amp and early and self.device.startswith("cuda"):
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, int]:
+        """Take one step on this rank's share of a batch; return loss over all and hits here."""
+        self.schedule.step_update(self.at.epoch * self.steps + self.at.step)
+        with self._precision():
+            logits = model(pixels)[self.readout].flatten(1).float()
+            loss = self._loss(logits, pixels, labels)
+        # DDP averages over ranks; a rank may have an image less than another.
+        loss = loss * (len(labels) * distributed.size() / self.batch)
+        value = float(distributed.sum_over_ranks(loss.detach().double()) / distributed.size())
+        if not math.isfinite(value):
+            raise SnnconvError(
+                f"retraining: the loss is {value} at step {self.at.step + 1} of epoch "
+                f"{self.at.epoch + 1}; begin anew with a smaller --lr than {self.settings.lr:g} "
+                "(the last good state was kept)"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        if self.ema is not None:
+            for average, parameter in zip(self.ema, self.student.trained(), strict=True):
+                average.lerp_(parameter.detach(), 1 - self.settings.ema)
+        return value, int((logits.argmax(1) == labels).sum())
+
+    def _loss(self, logits: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean of cross entropy and divergence from the teacher over images."""
+        share, temperature = self.settings.distill, self.settings.temperature
+        loss = (1 - share) * F.cross_entropy(logits, labels) if share < 1 else logits.new_zeros(())
+        if share:
+            with torch.no_grad():
+                target = self._teach(pixels).float() / temperature
+            divergence = F.kl_div(
+                F.log_softmax(logits / temperature, 1),
+                F.log_softmax(target, 1),
+                reduction="batchmean",
+                log_target=True,
+            )
+            loss = loss + share * temperature**2 * divergence
+        return loss
+
+    def _teach(self, pixels: Tensor) -> Tensor:
+        """Return the float network's logits."""
+        outputs = flatten_outputs(self.teacher(self.preprocessing.normalize(pixels)))
+        logits: Tensor = next(iter(outputs.values())).flatten(1)
+        return logits
+
+    def network(self) -> SpikingNetwork:
+        """Return the spiking network the parameters amount to now."""
+        self.student.refresh()
+        qann = copy.deepcopy(self.student.qann).cpu()
+        return integerize(
+            qann,
+            self.preprocessing,
+            self.student.timesteps,
+            weight_bits=self.student.weight_bits,
+            initial_membrane="half" if self.student.offset else "zero",
+        )
+
+    def _finish_epoch(self, lr: float) -> None:
+        """Measure the integer network on held-out images, keep it if it is the best so far."""
+        at, current = self.at, [p.detach().clone() for p in self.student.trained()]
+        if self.ema is not None:
+            _assign(self.student.trained(), self.ema)
+        kl, accuracy = self._measure()
+        if self.student.timesteps != self.timesteps:
+            pass
+        elif kl < at.best_score:
+            at.best_score, at.best_epoch = kl, at.epoch
+            self.best = [p.detach().clone() for p in self.student.trained()]
+        _assign(self.student.trained(), current)
+        hits, images = distributed.sum_over_ranks(torch.tensor([at.hits, at.images])).tolist()
+        line = {
+            "epoch": at.epoch,
+            "timesteps": self.student.timesteps,
+            "loss": at.loss / self.steps if images else None,
+            "train_top1_percent": 100 * hits / images if images else None,
+            "held_out_kl": kl,
+            "held_out_top1_percent": accuracy,
+            "lr": lr,
+            "seconds": round(at.seconds, 1),
+        }
+        at.loss, at.hits, at.images = 0.0, 0, 0
+        if self.metrics is not None and distributed.rank() == 0:
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            at.written = self.metrics.stat().st_size
+
+    def _measure(self) -> tuple[float, float]:
+        """Return KL to the float network and top-1 in percent of the integers, on held-out images.
+
+        The images are augmented, always alike: a pretrained network knows them as they are.
+        """
+        network = self.network()
+        parts = np.array_split(self.held_out, -(-len(self.held_out) // HELD_OUT_BATCH))
+        kl, hits, seen = 0.0, 0, 0
+        images = training_batches(
+            self.data,
+            self.preprocessing,
+            self.settings.augmentation,
+            distributed.share(parts),
+            seed=self.seed,
+            epoch=HELD_OUT_EPOCH,
+            workers=self.workers,
+        )
+        for i, (pixels, labels) in enumerate(images):
+            pixels = pixels.to(self.device)
+            with torch.no_grad():
+                if i == len(self.teacher_logits):
+                    self.teacher_logits.append(self._teach(pixels).double().cpu())
+                end = endpoint(network, pixels, network.timesteps)
+                logits = end.logits(network, self.readout).flatten(1).double().cpu()
+            target = F.log_softmax(self.teacher_logits[i], 1)
+            found = F.log_softmax(logits, 1)
+            kl += float((target.exp() * (target - found)).sum())
+            hits += int((logits.argmax(1) == labels).sum())
+            seen += len(labels)
+            self.progress("held out", seen, len(self.held_out))
+        sums = distributed.sum_over_ranks(torch.tensor([kl, hits, seen], dtype=torch.float64))
+        return float(sums[0] / sums[2]), float(100 * sums[1] / sums[2])
+
+    def _save(self) -> None:
+        if self.state is None or distributed.rank() != 0:
+            return
+        contents = {
+            "identity": self.identity,
+            "at": asdict(self.at),
+            "timesteps": self.student.timesteps,
+            "parameters": [p.detach() for p in self.student.trained()],
+            "optimizer": self.optimizer.state_dict(),
+            "ema": self.ema,
+            "best": self.best,
+        }
+        buffer = io.BytesIO()
+        torch.save(contents, buffer)
+        write_atomically(self.state, buffer.getvalue())
+
+    def _load(self) -> None:
+        """Take up the state on disk. Raises UsageError with every difference if it is another's."""
+        if self.state is None or not self.state.is_file():
+            raise UsageError(f"--resume: there is no state {self.state} to go on from")
+        try:
+            found = torch.load(self.state, map_location="cpu", weights_only=True)
+            other = _differences(found["identity"], self.identity)
+        except Exception as error:  # a file may be wrong in any way there is
+            raise UsageError(
+                f"--resume: {self.state} is damaged ({first_line(error)}); start anew with --force"
+            ) from error
+        if other:
+            raise UsageError(f"--resume: {self.state} is of another training", other)
+        self.at = _Progressed(**found["at"])
+        self.student.timesteps = found["timesteps"]
+        _assign(self.student.trained(), found["parameters"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.best = found["best"] and [b.to(self.device) for b in found["best"]]
+        self.ema = found["ema"] and [e.to(self.device) for e in found["ema"]]
+        if self.metrics is not None and self.metrics.is_file() and distributed.rank() == 0:
+            with self.metrics.open("r+b") as file:
+                file.truncate(min(self.at.written, self.metrics.stat().st_size))
+
+
+def _classifier(qann: Qann) -> str:
+    """Name the one output of a classifier. Raises UsageError for other networks."""
+    readouts = [layer for layer in qann.weighted() if layer.readout]
+    if len(readouts) != 1 or math.prod(readouts[0].shape) != max(readouts[0].shape):
+        shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in readouts)
+        raise UsageError(
+            f"only classifiers can be retrained, and the outputs are {shapes}; take --epochs 0"
+        )
+    return readouts[0].name
+
+
+def _groups(student: Student, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Divide the parameters: weights decay; biases, gains and clips do not; clips move slower."""
+    kinds: dict[str, list[nn.Parameter]] = {"weights": [], "vectors": [], "clips": []}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            clip = name.startswith(("log_clips", "log_shares"))
+            kinds["clips" if clip else "weights" if parameter.ndim > 1 else "vectors"].append(
+                parameter
+            )
+    rates = {
+        "weights": settings.lr,
+        "vectors": settings.lr,
+        "clips": settings.lr * settings.clip_lr,
+    }
+    decays = {"weights": settings.weight_decay, "vectors": 0.0, "clips": 0.0}
+    return [
+        {"params": found, "lr": rates[kind], "weight_decay": decays[kind]}
+        for kind, found in kinds.items()
+        if found
+    ]
+
+
+def _assign(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:
+    """Name every value that differs between two trees of dicts."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        keys = sorted({*found, *wanted})
+        return [d for k in keys for d in _differences(found.get(k), wanted.get(k), f"{path}{k}.")]
+    return [] if found == wanted else [f"{path.rstrip('.')}: {found} there, {wanted} here"]

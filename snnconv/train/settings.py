@@ -1,0 +1,74 @@
+"""What a retraining can be told; the `[train]` table of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from snnconv.data.augment import Augmentation
+from snnconv.errors import UsageError, first_line
+from snnconv.recipe import refuse_unknown
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to retrain; the `[train]` table of a recipe has the same keys.
+
+    `lr` is the highest rate of the weights, `clip_lr` that of the clips' logarithms as a multiple
+    of it, `optimizer` one of timm's names, `warmup` a share of all steps before the cosine.
+    `distill` is the weight of the divergence from the float network at `temperature`; the cross
+    entropy of the labels has the rest. `ema` is the decay of an exponential moving average of the
+    parameters, 0 for none. `stages` are larger T to go through first, each for an equal share of
+    the epochs (Fast-SNN trains 32, 4, 3, 2 bits, each from the one before). `held_out` training
+    images, a tenth of all at most, are kept apart to choose the epoch by. `amp` holds on GPUs only.
+    """
+
+    epochs: int = 12
+    lr: float = 0.01
+    batch_size: int = 128
+    optimizer: str = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    clip_lr: float = 0.1
+    warmup: float = 0.1
+    distill: float = 0.9
+    temperature: float = 2.0
+    ema: float = 0.0
+    amp: bool = True
+    stages: tuple[int, ...] = ()
+    held_out: int = 5000
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        """Refuse values that make no sense."""
+        bounds = {
+            "epochs": (1, 10**6), "lr": (1e-12, 10), "batch_size": (1, 10**6), "momentum": (0, 1),
+            "weight_decay": (0, 1), "clip_lr": (0, 100), "warmup": (0, 1), "distill": (0, 1),
+            "temperature": (0.1, 100), "ema": (0, 1), "held_out": (1, 10**9),
+        }  # fmt: skip
+        for key, (low, high) in bounds.items():
+            value = getattr(self, key)
+            if not low <= value <= high:
+                raise UsageError(f"training: {key} must be from {low:g} to {high:g}, not {value:g}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self), "stages": list(self.stages)}
+
+    @classmethod
+    def from_dict(cls, where: str, values: dict[str, Any]) -> TrainSettings:
+        """Build settings from the `[train]` table of `where`.
+
+        Raises UsageError for unknown keys and for values that make no sense.
+        """
+        known = {**values}
+        refuse_unknown(f"{where}: [train]", known, [f.name for f in fields(cls)])
+        augmentation = known.pop("augmentation", {})
+        names = [f.name for f in fields(Augmentation)]
+        refuse_unknown(f"{where}: [train.augmentation]", augmentation, names)
+        if "stages" in known:
+            known["stages"] = tuple(known["stages"])
+        try:
+            return cls(**known, augmentation=Augmentation(**augmentation))
+        except TypeError as error:
+            raise UsageError(f"{where}: [train]: {first_line(error)}") from error

@@ -1,0 +1,178 @@
+"""The network in training: the float parameters, seen as the integers they would be stored as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from snnconv.calibrate import SMALLEST_SHARE
+from snnconv.folding import Folder
+from snnconv.graph import Traced
+from snnconv.normalize import (
+    LEARNT_BELOW_BITS,
+    layer_bits,
+    rounded,
+    row_scale,
+    spike_values,
+    times_inputs,
+)
+from snnconv.plan import ConversionPlan
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import Layer, Qann
+
+
+class _Through(torch.autograd.Function):
+    """Another value in the forward pass, the gradient of the first argument in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor) -> Tensor:
+        return value.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Student(nn.Module):
+    """The network in training: parameters in, outputs of its quantised self out.
+
+    `qann` is the QANN the parameters amount to; it follows them at every forward pass.
+    """
+
+    qann: Qann
+
+    def __init__(
+        self,
+        traced: Traced,
+        plan: ConversionPlan,
+        qann: Qann,
+        preprocessing: Preprocessing,
+        timesteps: int,
+        weight_bits: int = 8,
+        offset: float = 0.5,
+    ) -> None:
+        """Start from a traced network, its plan, and its QANN with calibrated clips.
+
+        Clips that are alike in a layer stay one parameter. `offset` is V0/threshold.
+        """
+        super().__init__()
+        self.network = traced.module.requires_grad_(True)
+        self.preprocessing, self.timesteps, self.offset = preprocessing, timesteps, offset
+        self.weight_bits = weight_bits
+        self.folders = {
+            dtype: Folder(traced, plan, dtype) for dtype in (torch.float32, torch.float64)
+        }
+        # No submodule: its tensors follow from this module's parameters.
+        object.__setattr__(self, "qann", qann)
+        self.log_clips = nn.ParameterList(
+            nn.Parameter(log[:1] if bool((log == log[0]).all()) else log)
+            for log in (layer.clip.detach().log() for layer in qann.populations())
+        )
+        self.log_shares = nn.ParameterDict()
+        for index, (layer, bits) in enumerate(self._layers()):
+            if bits < LEARNT_BELOW_BITS:
+                self._learn_weight_clips(index, layer, bits)
+        self._freeze_unused()
+
+    def _layers(self) -> list[tuple[Layer, int]]:
+        """Return the layers with the bits of their weights."""
+        bits = layer_bits(self.qann, self.weight_bits)
+        return list(zip(self.qann.weighted(), bits, strict=True))
+
+    def _learn_weight_clips(self, index: int, layer: Layer, bits: int) -> None:
+        """Make the upper ends of a layer's weights parameters, from the least squared error."""
+        values = spike_values(self.qann, self.preprocessing)
+        for j, (branch, weight) in enumerate(zip(layer.branches, layer.weights, strict=True)):
+            if branch.kind != "scale":
+                rows = times_inputs(branch, weight.detach().double(), values[branch.source][0])
+                largest = rows.flatten(1).abs().amax(1).clamp_min(1e-300)
+                share = row_scale(rows, bits) * (2 ** (bits - 1) - 1) / largest
+                log = share.clamp(1e-3, 1).log().float()
+                self.log_shares[f"{index}_{j}"] = nn.Parameter(log)
+
+    def _freeze_unused(self) -> None:
+        """Take parameters out of training on which no output depends."""
+        shape = (1, *self.preprocessing.input_size)
+        device = next(self.parameters()).device
+        outputs = self(torch.zeros(shape, dtype=torch.uint8, device=device))
+        named = [p for p in self.parameters() if p.requires_grad]
+        total = sum(o.sum() for o in outputs.values())
+        for parameter, grad in zip(
+            named, torch.autograd.grad(total, named, allow_unused=True), strict=True
+        ):
+            parameter.requires_grad_(grad is not None)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return the parameters that training moves."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def take_clips(self) -> None:
+        """Take the clips of the QANN, after a calibration."""
+        with torch.no_grad():
+            for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
+                log.copy_(layer.clip.log()[: len(log)])
+
+    def refresh(self, dtype: torch.dtype = torch.float64) -> list[tuple[list[Tensor], Tensor]]:
+        """Let the QANN follow the parameters; return the folded tensors, with gradients."""
+        folded = list(self.folders[dtype].tensors())
+        with torch.no_grad():
+            for (layer, _), (weights, bias) in zip(self._layers(), folded, strict=True):
+                layer.assign_(weights, bias)
+            for layer, clip in zip(self.qann.populations(), self._clips(), strict=True):
+                layer.clip.copy_(clip)
+            for key, log in self.log_shares.items():
+                index, j = map(int, key.split("_"))
+                self._layers()[index][0].clip_shares[j] = log.exp().clamp(1e-3, 1)
+        return folded
+
+    def _clips(self) -> list[Tensor]:
+        """Return the clip of every population, `[C]`, within their natural bounds."""
+        clips = []
+        for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
+            clip = log.exp()
+            largest = clip.detach().amax()
+            clip = clip.clamp(min=largest * SMALLEST_SHARE, max=layer.cap)
+            clips.append(clip.expand(len(layer.clip)))
+        return clips
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return every readout for uint8 pixels `[N, C, H, W]`, as the integers would give it."""
+        folded = self.refresh(torch.float32)
+        with torch.no_grad():
+            integers = list(
+                rounded(self.qann, self.preprocessing, self.timesteps, self.weight_bits)
+            )
+        clips = iter(self._clips())
+        tensors: dict[str, Tensor] = {}
+        for i, (layer, bits) in enumerate(self._layers()):
+            (weights, bias), (rounded_weights, rounded_bias) = folded[i], integers[i]
+            for j, (weight, value) in enumerate(zip(weights, rounded_weights, strict=True)):
+                if f"{i}_{j}" in self.log_shares:
+                    weight = self._clipped(layer, j, weight, self.log_shares[f"{i}_{j}"], bits)
+                tensors[f"layers.{i}.weights.{j}"] = _Through.apply(weight, value)
+            tensors[f"layers.{i}.bias"] = _Through.apply(bias, rounded_bias)
+            if not layer.readout:
+                tensors[f"layers.{i}.clip"] = next(clips)
+        images = self.preprocessing.center(pixels)
+        outputs: dict[str, Tensor] = functional_call(
+            self.qann, tensors, (images, self.timesteps), {"offset": self.offset}
+        )
+        return outputs
+
+    def _clipped(
+        self, layer: Layer, j: int, weight: Tensor, log_share: Tensor, bits: int
+    ) -> Tensor:
+        """Round weights of few bits so that their upper end gets a gradient (section 1)."""
+        branch, top = layer.branches[j], 2 ** (bits - 1) - 1
+        worth = spike_values(self.qann, self.preprocessing)[branch.source][0].float()
+        rows = times_inputs(branch, weight, worth)
+        shape = (-1, *[1] * (rows.ndim - 1))
+        largest = rows.detach().flatten(1).abs().amax(1).clamp_min(1e-30)
+        scale = (log_share.exp().clamp(1e-3, 1) * largest / top).view(shape)
+        inside = (rows / scale).clamp(-top, top)
+        return times_inputs(
+            branch, _Through.apply(inside, inside.round()) * scale, 1 / worth.clamp_min(1e-30)
+        )

@@ -1,0 +1,202 @@
+"""`snnconv convert` with retraining: defaults, resuming, refusals, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from snnconv.cli.main import run
+
+DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "-T", "2"]
+SHORT = [*DIGITS, "--epochs", "2", "--batch-size", "100"]
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def output(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_report_says_how_it_was_retrained(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    assert run([*SHORT, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert "retraining: 2 epochs of 11 steps" in err and "minutes to go" in err
+    retraining = found["retraining"]
+    assert retraining["settings"]["epochs"] == 2 and retraining["settings"]["batch_size"] == 100
+    lines = [json.loads(x) for x in Path("digits.metrics.jsonl").read_text().splitlines()]
+    assert retraining["epochs"] == lines and [x["epoch"] for x in lines] == [0, 1, 2]
+    assert retraining["held_out_kl"] == min(x["held_out_kl"] for x in lines)
+    assert abs(found["qann"]["top1_percent"] - found["qann_float"]["top1_percent"]) < 1
+    assert found["verification"]["equal"]
+    assert not Path("digits.train.pt").exists()
+    assert run(["eval", "--data", "zoo:digits", "--json", "-q"]) == 0
+    evaluated = output(capsys)
+    assert evaluated["qann"]["top1_percent"] == found["qann"]["top1_percent"]
+    assert run(["eval", "--data", "zoo:digits", "--ann", "zoo:digits", "--json", "-q"]) == 0
+    assert output(capsys)["qann_float"] is None
+
+
+def test_a_recipe_says_how_and_options_override_it(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    Path("mine.toml").write_text(
+        'arch = "digits_resnet"\ntimesteps = 2\n[train]\nepochs = 5\nlr = 0.02\n'
+        "batch_size = 100\n[train.augmentation]\ncrop = 'none'\n"
+    )
+    options = ["--recipe", "mine.toml", "--epochs", "1", "--no-distill", "--json", "-q"]
+    assert run(["convert", "zoo:digits", "--data", "zoo:digits", *options]) == 0
+    found = output(capsys)
+    settings = found["retraining"]["settings"]
+    assert found["timesteps"] == 2
+    assert (settings["epochs"], settings["lr"], settings["distill"]) == (1, 0.02, 0)
+    assert settings["augmentation"]["crop"] == "none"
+    Path("mine.toml").write_text('arch = "digits_resnet"\n[train]\nepoch = 5\n')
+    command = ["convert", "zoo:digits", "--data", "zoo:digits", "--recipe", "mine.toml", "--force"]
+    assert run(command) == 2
+    assert "epoch; did you mean epochs?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--epochs", "0", "--lr", "0.1"], 2, "--lr would do nothing"),
+        (["--epochs", "-1"], 2, "--epochs"),
+        (["--lr", "0"], 2, "--lr"),
+        (["--lr", "nan"], 2, "lr must be"),
+        (["--batch-size", "0"], 2, "--batch-size"),
+        (["--workers", "-1"], 2, "--workers"),
+        (["--resume"], 2, "no interrupted retraining"),
+        (["--lr", "10", "--epochs", "1"], 0, ""),
+    ],
+)
+def test_bad_options_get_one_line(
+    arguments: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    own_folder: Path,
+) -> None:
+    found = run([*DIGITS, *arguments, "-q"])
+    err = capsys.readouterr().err
+    assert found == code and message in err
+    assert "Traceback" not in err
+
+
+def test_data_of_one_part_are_not_retrained_on(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
+    np.savez("all.npz", images=images, labels=np.arange(60) % 10)
+    one = ["convert", "zoo:digits", "--data", "all.npz", "--calibration-images", "20"]
+    assert run([*one, "--epochs", "1", "-q"]) == 2
+    assert "no training part: nothing to retrain on; --epochs" in capsys.readouterr().err
+    assert run([*one, "--json", "-q"]) == 0
+    assert output(capsys)["retraining"] is None
+
+
+def snnconv(arguments: list[str], folder: Path, *launcher: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [*(launcher or (sys.executable,)), "-m", "snnconv.cli.main", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
+    sign: signal.Signals, own_folder: Path
+) -> None:
+    arguments = [*DIGITS, "--epochs", "12", "-q"]
+    folders = [own_folder / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    whole, stopped = (snnconv(arguments, folder) for folder in folders)
+    wait_for(folders[1] / "digits.train.pt")
+    os.killpg(stopped.pid, sign)
+    text, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == (130 if sign == signal.SIGINT else -sign)
+    assert "Traceback" not in text and not (folders[1] / "digits.snn.safetensors").exists()
+    again = snnconv(arguments, folders[1])
+    text, _ = again.communicate(timeout=60)
+    assert again.returncode == 2 and "give --resume to go on with it" in text
+    other = snnconv([*arguments, "--resume", "--lr", "0.5"], folders[1])
+    text, _ = other.communicate(timeout=60)
+    assert other.returncode == 2 and "settings.lr: 0.01 there, 0.5 here" in text
+    resumed = snnconv([*arguments, "--resume"], folders[1])
+    assert resumed.wait(timeout=120) == 0 and whole.wait(timeout=120) == 0
+    one, two = ((folder / "digits.snn.safetensors").read_bytes() for folder in folders)
+    assert one == two
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+
+
+def test_two_processes_do_what_one_does(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    (own_folder / "one").mkdir()
+    (own_folder / "two").mkdir()
+    arguments = [*SHORT, "-q"]
+    jobs = [
+        snnconv(arguments, own_folder / "one"),
+        snnconv(arguments, own_folder / "two", *TORCHRUN),
+    ]
+    assert [job.wait(timeout=180) for job in jobs] == [0, 0]
+    one, two = (
+        [json.loads(x) for x in (own_folder / n / "digits.metrics.jsonl").read_text().splitlines()]
+        for n in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert b["held_out_kl"] == pytest.approx(a["held_out_kl"], rel=0.05)
+        if a["loss"] is not None:
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+    evaluate = ["eval", "one/digits.snn.safetensors", "--data", "zoo:digits", "--json", "-q"]
+    assert run([*evaluate, "-o", "1.json"]) == 0
+    alone = output(capsys)
+    job = snnconv([*evaluate, "-o", "2.json"], own_folder, *TORCHRUN)
+    assert job.wait(timeout=120) == 0
+    shared = json.loads(Path("2.json").read_text())
+    times = ("wall_ms_per_image", "threads", "command", "created")
+    assert {k: v for k, v in alone.items() if k not in times} == {
+        k: v for k, v in shared.items() if k not in times
+    }
+
+
+def test_a_process_that_dies_ends_the_job_which_can_be_resumed(own_folder: Path) -> None:
+    arguments = [*DIGITS, "--epochs", "20"]
+    job = snnconv(arguments, own_folder, *TORCHRUN)
+    wait_for(own_folder / "digits.train.pt")
+    children = subprocess.run(
+        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    text, _ = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "start the job again with --resume" in text or "SIGKILL" in text
+    resumed = snnconv([*arguments, "--resume"], own_folder, *TORCHRUN)
+    text, _ = resumed.communicate(timeout=180)
+    assert resumed.returncode == 0, text
+    assert (own_folder / "digits.snn.safetensors").exists()

@@ -1,0 +1,316 @@
+"""Retraining: gradients, the integers it sees, resuming, refusals, several processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import PREPROCESSING as SMALL
+from networks import Residual
+from random_networks import SIZE, RandomNetwork
+from torch import Tensor
+
+from snnconv.calibrate import calibrate_
+from snnconv.checkpoint import save_network
+from snnconv.data import open_data
+from snnconv.engine import endpoint
+from snnconv.errors import DataError, SnnconvError, UsageError
+from snnconv.folding import Folder, fold
+from snnconv.graph import trace
+from snnconv.load import load_model
+from snnconv.normalize import integerize, rounded_qann
+from snnconv.pipeline import check_equal, convert
+from snnconv.plan import make_plan
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import FakeQuantize, Layer, activate
+from snnconv.train import Student, Training, TrainSettings
+
+RANDOM = Preprocessing(SIZE, (0.4, 0.5, 0.45), (0.25, 0.2, 0.3))
+
+
+def noise(preprocessing: Preprocessing, count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, *preprocessing.input_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_gradients_of_the_quantiser(two_sided: bool) -> None:
+    """One value at a time, by the formulas of method.md, section 1."""
+    timesteps, clip = 3, 1.5
+    values = [-2.0, -1.5, -0.7, 0.0, 0.1, 0.6, 1.4, 1.5, 9.0]
+    for value in values:
+        x = torch.tensor([[value]], requires_grad=True)
+        alpha = torch.tensor([clip], requires_grad=True)
+        output = FakeQuantize.apply(x, alpha, timesteps, two_sided, 0.5)
+        by_x, by_clip = torch.autograd.grad(output.sum(), (x, alpha))
+        a = float(output.detach())
+        low = -clip if two_sided else 0.0
+        inside = low < value < clip
+        level = np.floor(np.clip(value, low, clip) / (clip / timesteps) + 0.5)
+        assert a == pytest.approx(level * clip / timesteps)
+        assert float(by_x) == float(inside)
+        expected = (a - value) / clip if inside else float(value >= clip)
+        if two_sided and value <= -clip:
+            expected = -1.0
+        assert float(by_clip) == pytest.approx(expected, abs=1e-6)
+
+
+def test_folding_is_differentiable_and_shares_what_the_network_shares() -> None:
+    torch.manual_seed(1)
+    traced = trace(Residual(), SMALL.input_size)
+    plan = make_plan(traced)
+    folder = Folder(traced, plan, torch.float32)
+    for (weights, bias), layer in zip(folder.tensors(), fold(traced, plan).weighted(), strict=True):
+        for weight, expected in zip(weights, layer.weights, strict=True):
+            assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)
+        assert torch.allclose(bias, layer.bias, rtol=1e-5, atol=1e-6)
+    total = sum(w.square().sum() for ws, _ in folder.tensors() for w in ws)
+    total.backward()  # type: ignore[union-attr]
+    assert all(p.grad is not None for n, p in traced.module.named_parameters() if "conv" in n)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_what_training_sees_is_what_is_stored(seed: int) -> None:
+    """The rounded float network has the integer network's counts, every single one."""
+    pixels = noise(RANDOM, 5, seed)
+    bits, timesteps = (8, 4, 2)[seed % 3], (1, 3, 7, 15)[seed % 4]
+    conversion = convert(
+        RandomNetwork(seed), RANDOM, [pixels], timesteps=timesteps, weight_bits=bits
+    )
+    network = conversion.network
+    end = endpoint(network, pixels, timesteps)
+    compared = {}
+
+    def observe(layer: Layer, current: Tensor) -> None:
+        counts = activate(layer, current, timesteps) * timesteps
+        clip = layer.clip.view(-1, *[1] * (current.ndim - 2))
+        compared[layer.name] = (counts / clip).round()
+
+    images = (pixels.double() - torch.tensor(RANDOM.zero_point).view(-1, 1, 1)) / (
+        255 * torch.tensor(RANDOM.std, dtype=torch.float64).view(-1, 1, 1)
+    )
+    assert torch.allclose(RANDOM.center(pixels).double(), images, rtol=1e-5)
+    with torch.no_grad():
+        qann = rounded_qann(copy.deepcopy(conversion.qann).double(), network)
+        logits = qann(images, timesteps, observe=observe)["logits"]
+    for population in network.populations:
+        assert torch.equal(compared[population.name].long(), end.counts[population.name].long())
+    expected = end.logits(network, "logits").double()
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+    student = Student(conversion.traced, conversion.plan, conversion.qann, RANDOM, timesteps, bits)
+    with torch.no_grad():
+        seen = student(pixels)["logits"]
+    close = (seen - expected).abs().amax(1) < 1e-3 * expected.abs().max()
+    assert int(close.sum()) >= 4  # float32 folds anew: a rounding may fall to the other side
+
+
+def test_every_parameter_of_few_bits_gets_a_gradient() -> None:
+    torch.manual_seed(0)
+    traced = trace(Residual(), SMALL.input_size)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    pixels = noise(SMALL, 8)
+    calibrate_(qann, [SMALL.normalize(pixels)], 3)
+    student = Student(traced, plan, qann, SMALL, 3, weight_bits=2)
+    assert len(student.log_shares)
+    student(pixels)["logits"].square().sum().backward()
+    for name, parameter in student.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+    share = student.log_shares[next(iter(student.log_shares))]
+    before = integerize(qann, SMALL, 3, weight_bits=2).populations[1].branches[0].weight
+    with torch.no_grad():
+        for log in student.log_shares.values():
+            log -= 1.0
+    student.refresh()
+    after = integerize(qann, SMALL, 3, weight_bits=2).populations[1].branches[0].weight
+    assert share.grad is not None and float(share.grad.abs().sum()) > 0
+    assert int(after.abs().sum()) > int(before.abs().sum())  # a lower upper end: fewer zeros
+
+
+SHORT = {"epochs": 3, "batch_size": 100, "held_out": 100}
+
+
+class Digits:
+    """A short training of the embedded digits network."""
+
+    def __init__(self, folder: Path, timesteps: int = 2, **settings: Any) -> None:
+        self.folder = folder
+        self.loaded = load_model("zoo:digits")
+        self.data = open_data("zoo:digits", "train")
+        self.data = self.data.part(np.arange(600), "train", "")
+        preprocessing = self.loaded.preprocessing
+        batches = list(self.data.batches(preprocessing, np.arange(200)))
+        self.images = [preprocessing.normalize(pixels) for pixels, _ in batches]
+        self.sample = batches[0][0][:8]
+        self.timesteps, self.settings = timesteps, TrainSettings(**{**SHORT, **settings})
+        self.options: dict[str, Any] = {}
+        self.weight_bits = 8
+
+    def run(self, resume: bool = False, **options: Any) -> dict[str, Any]:
+        traced = trace(self.loaded.model, self.loaded.preprocessing.input_size)
+        plan = make_plan(traced)
+        qann = fold(traced, plan)
+        calibrate_(qann, self.images, self.timesteps)
+        student = Student(
+            traced, plan, qann, self.loaded.preprocessing, self.timesteps, self.weight_bits
+        )
+        self.training = Training(
+            student,
+            self.loaded.model,
+            self.data,
+            self.settings,
+            state=self.folder / "a.train.pt",
+            metrics=self.folder / "a.metrics.jsonl",
+            recalibrate=lambda t: calibrate_(qann, self.images, t),
+            **options,
+        )
+        return self.training.run(resume)
+
+    def bytes(self) -> bytes:
+        path = self.folder / "a.snn.safetensors"
+        save_network(self.training.network(), path)
+        return path.read_bytes()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        lines = (self.folder / "a.metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in lines]
+
+
+def test_retraining_comes_nearer_to_the_float_network(tmp_path: Path) -> None:
+    digits = Digits(tmp_path)
+    found = digits.run()
+    lines = digits.metrics()
+    assert [x["epoch"] for x in lines] == [0, 1, 2, 3]
+    assert (
+        found["held_out_kl"] == min(x["held_out_kl"] for x in lines) < 0.6 * lines[0]["held_out_kl"]
+    )
+    assert found["images"] == 540 and found["held_out_images"] == 60
+    assert lines[1]["train_top1_percent"] > 80 and lines[2]["loss"] < lines[1]["loss"]
+
+
+def test_the_chosen_network_verifies_against_its_own_graph(tmp_path: Path) -> None:
+    digits = Digits(tmp_path, epochs=1)
+
+    def retrain(traced: Any, plan: Any, qann: Any) -> dict[str, Any]:
+        student = Student(traced, plan, qann, digits.loaded.preprocessing, 2)
+        return Training(student, digits.loaded.model, digits.data, digits.settings).run()
+
+    untrained, trained = (
+        convert(
+            digits.loaded.model,
+            digits.loaded.preprocessing,
+            [digits.sample],
+            timesteps=2,
+            retrain=how,
+        )
+        for how in (None, retrain)
+    )
+    found, _ = check_equal(trained, digits.sample)
+    assert found.equal and found.integers > 10_000
+    one, two = (c.network.populations[2].branches[0].weight for c in (untrained, trained))
+    assert not torch.equal(one, two)
+    assert trained.network.provenance["retraining"]["settings"]["epochs"] == 1
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9}])
+@pytest.mark.parametrize("step", [2, 5, 12])
+def test_an_interrupted_training_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], step: int
+) -> None:
+    monkeypatch.setattr("snnconv.train.loop.SAVE_SECONDS", 0.0)
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    whole, parts = (Digits(folder, **settings) for folder in folders)
+    whole.run()
+
+    def stop(stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage == "retrain" and done == step:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        parts.run(progress=stop)
+    parts.run(resume=True)
+    assert parts.bytes() == whole.bytes()
+    assert parts.metrics() == whole.metrics()
+
+
+def test_another_training_is_not_continued(tmp_path: Path) -> None:
+    Digits(tmp_path, epochs=1).run(identity={"data": "this"})
+    other = Digits(tmp_path, epochs=1, lr=0.5)
+    with pytest.raises(UsageError) as error:
+        other.run(resume=True, identity={"data": "that"})
+    assert error.value.problems == [
+        "data: this there, that here",
+        "settings.lr: 0.01 there, 0.5 here",
+    ]
+    (tmp_path / "a.train.pt").write_bytes(b"PK")
+    with pytest.raises(UsageError, match="damaged"):
+        other.run(resume=True)
+    (tmp_path / "a.train.pt").unlink()
+    with pytest.raises(UsageError, match="no state"):
+        other.run(resume=True)
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    digits = Digits(tmp_path, epochs=2)
+    model, calls = digits.loaded.model, []
+
+    class Failing(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return model(x) * (float("nan") if calls.count(100) > 8 else 1)
+
+    digits.loaded = type(digits.loaded)(**{**vars(digits.loaded), "model": model})
+    run_with, digits_model = Failing(), digits.loaded.model
+    traced = trace(digits_model, digits.loaded.preprocessing.input_size)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    calibrate_(qann, digits.images, 2)
+    student = Student(traced, plan, qann, digits.loaded.preprocessing, 2)
+    training = Training(
+        student, run_with, digits.data, digits.settings, state=tmp_path / "a.train.pt"
+    )
+    with pytest.raises(SnnconvError, match="the loss is nan at step 4 of epoch 2"):
+        training.run()
+    kept = torch.load(tmp_path / "a.train.pt", weights_only=True)
+    assert kept["at"]["epoch"] == 1
+    assert all(bool(p.isfinite().all()) for p in kept["parameters"])
+
+
+def test_stages_go_through_larger_t_first(tmp_path: Path) -> None:
+    digits = Digits(tmp_path, stages=(7, 4))
+    found = digits.run()
+    lines = digits.metrics()
+    assert [x["timesteps"] for x in lines] == [7, 7, 4, 2]
+    assert found["chosen_epoch"] == 3
+    assert digits.training.network().timesteps == 2
+
+
+def test_too_few_images_and_wrong_settings_are_refused(tmp_path: Path) -> None:
+    digits = Digits(tmp_path)
+    digits.data = digits.data.part(np.arange(9), "train", "")
+    with pytest.raises(DataError, match="too few to retrain; take --epochs 0"):
+        digits.run()
+    with pytest.raises(UsageError, match="timm has no optimizer 'sgdd'"):
+        Digits(tmp_path, optimizer="sgdd").run()
+    for wrong in ({"lr": 0.0}, {"lr": float("nan")}, {"epochs": 0}, {"distill": 1.5}):
+        with pytest.raises(UsageError, match=next(iter(wrong))):
+            TrainSettings(**wrong)
+    with pytest.raises(UsageError, match="unknown keys") as error:
+        TrainSettings.from_dict("r.toml", {"epoch": 3})
+    assert error.value.problems == ["epoch; did you mean epochs?"]
+    with pytest.raises(UsageError) as error:
+        TrainSettings.from_dict("r.toml", {"augmentation": {"flips": 0.5}})
+    assert error.value.problems == ["flips; did you mean flip?"]
