@@ -165,7 +165,7 @@ def command(
     files.require_free(training.resume, force)
 
     from snnconv import __version__, checkpoint, distributed
-    from snnconv.data import check_labels, choose_indices, open_data
+    from snnconv.data import choose_indices
     from snnconv.normalize import with_settings
     from snnconv.pipeline import check_equal, convert
 
@@ -176,14 +176,7 @@ def command(
     accuracies: dict[str, Any] = {}
     if data is not None:
         count = 0 if calibration == "bn" else calibration_images
-        train, test = (
-            open_data(data, split, calibration_images=count, seed=seed)
-            for split in ("train", "test")
-        )
-        for part in (train, test):
-            check_labels(part, loaded.num_classes)
-        if test.note:
-            console.note(test.note, quiet)
+        train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
         loaded = fit_to_images(loaded, train, quiet)
         indices = choose_indices(len(train), calibration_images, seed)
     if train is None or train.note:
@@ -310,6 +303,23 @@ def command(
     for images_of in (train, test):
         if images_of is not None:
             options.note_unreadable(images_of.unreadable, quiet)
+
+
+def _open_splits(
+    data: str, num_classes: int, calibration_images: int, seed: int, quiet: bool
+) -> tuple[ImageData, ImageData]:
+    """Open the training and the test split, whose labels must be the network's."""
+    from snnconv.data import check_labels, open_data
+
+    train, test = (
+        open_data(data, split, calibration_images=calibration_images, seed=seed)
+        for split in ("train", "test")
+    )
+    for part in (train, test):
+        check_labels(part, num_classes)
+    if test.note:
+        console.note(test.note, quiet)
+    return train, test
 
 
 def _measure_ann(

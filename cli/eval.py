@@ -128,7 +128,7 @@ def command(
         raise UsageError("--stagger belongs to --schedule stagger")
     if timetable.timesteps != network.timesteps:
         console.note(
-            f"hint: clips were calibrated for T {network.timesteps}, not {timetable.timesteps}; "
+            f"hint: the network was made for T {network.timesteps}, not {timetable.timesteps}; "
             "converting anew at this T may be more accurate",
             quiet,
         )

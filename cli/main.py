@@ -6,7 +6,6 @@ the function, so that help answers at once, and it returns its exit code, or Non
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 import traceback
@@ -16,7 +15,7 @@ from importlib import metadata
 import click
 
 from snnconv import __version__
-from snnconv.errors import SnnconvError, UsageError
+from snnconv.errors import SnnconvError, UsageError, suggestion
 
 from . import console
 from .options import (
@@ -69,9 +68,8 @@ class LazyGroup(ExampleGroup):
         """Find the command of the arguments; suggest near names for a misspelt one."""
         name = args[0]
         if name not in COMMANDS and not name.startswith("-"):
-            near = difflib.get_close_matches(name, COMMANDS, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see snnconv --help"
-            raise UsageError(f"there is no command {name!r}; {hint}")
+            hint = suggestion(name, COMMANDS, "see snnconv --help")
+            raise UsageError(f"there is no command {name!r}{hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

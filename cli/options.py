@@ -7,7 +7,6 @@ snnconv.toml in the current folder, then from the default.
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, refuse_unknown, suggestion
 
 from . import console
 
@@ -184,11 +183,7 @@ def default_map(settings: dict[str, Any], command: click.Command) -> dict[str, A
     if not isinstance(own, dict):
         raise UsageError(f"{SETTINGS_FILE}: [{command.name}] must be a table")
     values |= {k.replace("_", "-"): v for k, v in own.items()}
-    if unknown := [k for k in values if k not in named]:
-        raise UsageError(
-            f"{SETTINGS_FILE}: [{command.name}] has unknown keys",
-            [f"{k}{_near(k, named)}" for k in unknown],
-        )
+    refuse_unknown(f"{SETTINGS_FILE}: [{command.name}]", values, named)
     if "data" in values and (not isinstance(values["data"], str) or not values["data"]):
         raise UsageError(f'`data` in {SETTINGS_FILE} must be a text like data = "DIR"')
     return {str(named[k].name): v for k, v in values.items()}
@@ -196,16 +191,7 @@ def default_map(settings: dict[str, Any], command: click.Command) -> dict[str, A
 
 def check_settings(settings: dict[str, Any], commands: Iterable[str]) -> None:
     """Raise UsageError for keys at the top of snnconv.toml that mean nothing."""
-    known = [*SHARED_SETTINGS, *commands]
-    if unknown := [k for k in settings if k not in known]:
-        raise UsageError(
-            f"{SETTINGS_FILE} has unknown keys", [f"{k}{_near(k, known)}" for k in unknown]
-        )
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
+    refuse_unknown(SETTINGS_FILE, settings, [*SHARED_SETTINGS, *commands])
 
 
 def require_data(data: str | None) -> str:
@@ -244,11 +230,8 @@ def spiking_checkpoint(name: str | None, quiet: bool) -> tuple[Path, Path]:
         known = catalog.checkpoints()
         wanted = name.removeprefix("zoo:")
         if wanted not in known:
-            names = ", ".join(known) or "none"
-            raise UsageError(
-                f"the zoo has no spiking checkpoint {wanted!r}"
-                f"{_near(wanted, known) or f'; it has {names}'}"
-            )
+            hint = suggestion(wanted, known, f"it has {', '.join(known) or 'none'}")
+            raise UsageError(f"the zoo has no spiking checkpoint {wanted!r}{hint}")
         return known[wanted], Path(known[wanted].name)
     else:
         path = Path(name)

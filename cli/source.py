@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from snnconv.errors import UsageError
+from snnconv.preprocess import INTERPOLATIONS
 
 from . import console
 
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from snnconv.data import ImageData
     from snnconv.load import LoadedModel
     from snnconv.recipe import Recipe
-
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ them all. Nobody sees a traceback for a mistake of theirs.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -50,3 +51,21 @@ class NotEqualError(SnnconvError):
 def first_line(error: BaseException) -> str:
     """Return the first line of a foreign error's text, or its type if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return `; did you mean A or B?` for a misspelt name, or `otherwise` if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; {otherwise}" if otherwise else ""
+
+
+def refuse_unknown(where: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise UsageError, with near names, if there are keys beside the known ones."""
+    known = list(known)
+    if unknown := [k for k in keys if k not in known]:
+        among = f"there are {', '.join(known)}"
+        raise UsageError(
+            f"{where} has unknown keys", [f"{k}{suggestion(k, known, among)}" for k in unknown]
+        )

@@ -7,7 +7,6 @@ not fit is named; nothing is loaded in part.
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import re
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnconv.errors import CheckpointError, UsageError, first_line
+from snnconv.errors import CheckpointError, UsageError, first_line, suggestion
 from snnconv.preprocess import Preprocessing, overridden
 from snnconv.recipe import Recipe
 
@@ -147,14 +146,14 @@ def _is_known(arch: str) -> bool:
 
 def _require_known(arch: str) -> None:
     if not _is_known(arch):
-        raise UsageError(f"unknown architecture {arch!r}{_suggestion(arch)}")
+        raise UsageError(f"unknown architecture {arch!r}{_near(arch)}")
 
 
-def _suggestion(arch: str) -> str:
+def _near(arch: str) -> str:
     import timm
 
-    near = difflib.get_close_matches(arch.partition(".")[0], timm.list_models(), n=3, cutoff=0.6)
-    return f"; did you mean {', '.join(near)}?" if near else "; timm.list_models() lists them all"
+    known = timm.list_models()
+    return suggestion(arch.partition(".")[0], known, "timm.list_models() lists them all")
 
 
 def _create(arch: str, args: dict[str, Any], **options: Any) -> nn.Module:
@@ -260,7 +259,7 @@ def _arch_of_name(path: Path, state: Mapping[str, Tensor]) -> str:
             return guess
     raise UsageError(
         f"{path.name} does not say which architecture it is for, and its name is none; "
-        f"give --arch NAME{_suggestion(guesses[1])}"
+        f"give --arch NAME{_near(guesses[1])}"
     )
 
 

@@ -65,31 +65,36 @@ def integerize(
 
 
 def rounded(
-    qann: Qann, preprocessing: Preprocessing, timesteps: int, weight_bits: int
+    qann: Qann,
+    preprocessing: Preprocessing,
+    timesteps: int,
+    weight_bits: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Yield weights and bias of every layer with which the QANN computes what its integers do.
 
-    float64, in the shapes and units of the QANN's own. They hold for images of
-    `Preprocessing.center`, in which a pixel of the zero point is 0. The rounding of a threshold is
-    put into weights and bias, since `W x >= theta_int` is `W x clip/theta_int >= clip`.
+    They are of `dtype`, in the shapes and units of the QANN's own. In float64 the integers are
+    those of `integerize`; in float32 a weight may be rounded to the other side now and then. They
+    hold for images of `Preprocessing.center`, in which a pixel of the zero point is 0. The rounding
+    of a threshold is put into weights and bias, since `W x >= theta_int` is
+    `W x clip/theta_int >= clip`.
     """
-    values = spike_values(qann, preprocessing)
-    integers = _integer_layers(qann, preprocessing, timesteps, weight_bits)
+    values = spike_values(qann, preprocessing, dtype)
+    integers = _integer_layers(qann, preprocessing, timesteps, weight_bits, dtype)
     for layer, node in zip(qann.weighted(), integers, strict=True):
-        unit = (
-            node.clip / node.threshold.double()
-            if isinstance(node, Population)
-            else torch.full_like(layer.bias, node.unit, dtype=torch.float64)
-        )
+        if isinstance(node, Population):
+            unit = node.clip / node.threshold
+        else:
+            unit = torch.full_like(layer.bias, node.unit, dtype=dtype)
         weights = []
         for branch, synapse in zip(layer.branches, node.branches, strict=True):
-            row = synapse.weight.double()
-            row = row * (unit * torch.exp2(synapse.shift.double())).view(-1, *[1] * (row.ndim - 1))
+            row = synapse.weight.to(dtype)
+            row = row * (unit * torch.exp2(synapse.shift)).view(-1, *[1] * (row.ndim - 1))
             worth = values[branch.source][0]
             inverse = torch.where(worth > 0, 1 / worth, 0.0)
             lcm = math.prod(pool.lcm for pool in branch.pools)
             weights.append(times_inputs(branch, row, inverse * lcm))
-        yield weights, node.bias.double() * unit
+        yield weights, node.bias * unit
 
 
 def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
@@ -105,7 +110,11 @@ def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
 
 
 def _integer_layers(
-    qann: Qann, preprocessing: Preprocessing, timesteps: int, weight_bits: int
+    qann: Qann,
+    preprocessing: Preprocessing,
+    timesteps: int,
+    weight_bits: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Iterator[Population | Readout]:
     """Yield the integers of every layer of a calibrated QANN, in order."""
     check_timesteps(timesteps)
@@ -113,7 +122,7 @@ def _integer_layers(
         raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
     if any(not bool((layer.clip > 0).all()) for layer in qann.populations()):
         raise UsageError("the QANN has no clips yet: calibrate it first")
-    values = spike_values(qann, preprocessing)
+    values = spike_values(qann, preprocessing, dtype)
     images = _image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)
@@ -134,8 +143,10 @@ def layer_bits(qann: Qann, weight_bits: int) -> list[int]:
     ]
 
 
-def spike_values(qann: Qann, preprocessing: Preprocessing) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return, per node, what one count is worth and the constant beside it, float64 `[C]`.
+def spike_values(
+    qann: Qann, preprocessing: Preprocessing, dtype: torch.dtype = torch.float64
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return, per node, what one count is worth and the constant beside it, `[C]`.
 
     A tensor's T-fold value is `worth * S + T * constant`. For neurons the worth is the threshold
     and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
@@ -144,14 +155,14 @@ def spike_values(qann: Qann, preprocessing: Preprocessing) -> dict[str, tuple[Te
     device = next(qann.parameters()).device
     for node in qann.nodes:
         if isinstance(node, Source):
-            std = torch.tensor(preprocessing.std, dtype=torch.float64, device=device)
-            mean = torch.tensor(preprocessing.mean, dtype=torch.float64, device=device)
-            zero = torch.tensor(preprocessing.zero_point, dtype=torch.float64, device=device)
+            std = torch.tensor(preprocessing.std, dtype=dtype, device=device)
+            mean = torch.tensor(preprocessing.mean, dtype=dtype, device=device)
+            zero = torch.tensor(preprocessing.zero_point, dtype=dtype, device=device)
             values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
         elif isinstance(node, Relay):
             values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
         elif not node.readout:
-            clip = node.clip.double()
+            clip = node.clip.to(dtype)
             values[node.name] = clip, torch.zeros_like(clip)
     return values
 
@@ -199,9 +210,10 @@ def times_inputs(branch: Branch, weight: Tensor, vector: Tensor) -> Tensor:
 def _rows(layer: Layer, values: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """Return every branch's W' = W theta_source, and the bias with the inputs' constants."""
     rows = []
-    bias = layer.bias.detach().double()
+    dtype = values[layer.branches[0].source][0].dtype
+    bias = layer.bias.detach().to(dtype)
     for branch, parameter in zip(layer.branches, layer.weights, strict=True):
-        weight = parameter.detach().double()
+        weight = parameter.detach().to(dtype)
         worth, constant = values[branch.source]
         row = times_inputs(branch, weight, worth)
         offset = times_inputs(branch, weight, constant)
@@ -211,7 +223,7 @@ def _rows(layer: Layer, values: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[
 
 
 def row_scale(rows: Tensor, bits: int, clip_share: Tensor | None = None) -> Tensor:
-    """Return the scale per row of symmetric weights in `bits`, float64 `[O]`.
+    """Return the scale per row of symmetric weights in `bits`, `[O]`.
 
     The largest weight sets it at 5 bits and above, since few levels cannot afford to reach it.
     Below, it is `clip_share` `[O]` of that, or without one the scale with the least squared error.
@@ -226,11 +238,15 @@ def row_scale(rows: Tensor, bits: int, clip_share: Tensor | None = None) -> Tens
     candidates = torch.linspace(0.2, 1.0, 81, dtype=torch.float64).tolist()
     best, least = largest / top, torch.full_like(largest, math.inf)
     for fraction in candidates:
-        scale = (largest * fraction / top).clamp_min(1e-300)
+        scale = _positive(largest * fraction / top)
         rounded = (rows / scale[:, None]).round().clamp(-top, top) * scale[:, None]
         error = (rounded - rows).square().sum(1)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
     return best
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _log2_floor(ratio: Tensor) -> Tensor:
@@ -271,7 +287,7 @@ def _synapses(
             finer.append(zero)
             continue
         own = row_scale(row, bits, share)
-        ratio = torch.where(own > 0, scale / own.clamp_min(1e-300), torch.ones_like(own))
+        ratio = torch.where(own > 0, scale / _positive(own), torch.ones_like(own))
         finer.append(torch.minimum(_log2_floor(ratio), unit_log2[1]))
     m = torch.stack([unit_log2[0], *finer]).amax(0)
     synapses = []
@@ -288,7 +304,7 @@ def _weighted_scale(layer: Layer, rows: list[Tensor], bits: int) -> Tensor:
         for branch, row, share in zip(layer.branches, rows, layer.clip_shares, strict=True)
         if branch.kind != "scale"
     ]
-    return torch.stack([torch.zeros_like(layer.bias, dtype=torch.float64), *scales]).amax(0)
+    return torch.stack([torch.zeros_like(layer.bias, dtype=rows[0].dtype), *scales]).amax(0)
 
 
 def _population(
@@ -300,7 +316,7 @@ def _population(
     resolved: int,
 ) -> Population:
     rows, bias = _rows(layer, values)
-    clip = layer.clip.double()
+    clip = layer.clip.to(bias.dtype)
     largest = LARGEST_STEM_THRESHOLD_LOG2 if stem else LARGEST_THRESHOLD_LOG2
     scale = _weighted_scale(layer, rows, bits)
     scale = torch.maximum(scale, torch.maximum(clip, bias.abs()) / 2**largest)

@@ -8,12 +8,12 @@ A network sees every image as 8-bit pixels `[N, C, H, W]`. The ANN normalises th
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from snnconv.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "hamming", "box")
 
@@ -59,11 +59,14 @@ class Preprocessing:
         """Return the pixel value per channel that the spiking network counts as zero."""
         return tuple(int(255 * m + 0.5) for m in self.mean)
 
-    def normalize(self, pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return `(pixels/255 - mean)/std` of uint8 `[N, C, H, W]`, the ANN's input."""
-        mean = torch.tensor(self.mean, dtype=dtype, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, dtype=dtype, device=pixels.device).view(-1, 1, 1)
-        return (pixels.to(dtype) / 255 - mean) / std
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return `(pixels/255 - mean)/std` of uint8 `[N, C, H, W]`, the ANN's input, float32.
+
+        Pixels in another float type give that type.
+        """
+        pixels = pixels if pixels.is_floating_point() else pixels.float()
+        mean, std = (_per_channel(pixels, v) for v in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
 
     def center(self, pixels: Tensor) -> Tensor:
         """Return `(pixels - zero_point)/(255 std)`, float32: what the spiking network reads.
@@ -71,9 +74,9 @@ class Preprocessing:
         It differs from `normalize` by the part of the mean that rounding loses, a constant that
         the spiking network has in its first biases.
         """
-        zero = torch.tensor(self.zero_point, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.float() - zero) / (255 * std)
+        pixels = pixels.float()
+        zero, std = (_per_channel(pixels, v) for v in (self.zero_point, self.std))
+        return (pixels - zero) / (255 * std)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -89,6 +92,10 @@ class Preprocessing:
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
         return cls(**arguments)
+
+
+def _per_channel(pixels: Tensor, values: tuple[float, ...]) -> Tensor:
+    return pixels.new_tensor(values).view(-1, 1, 1)
 
 
 def overridden(known: Preprocessing, **values: Any) -> Preprocessing:

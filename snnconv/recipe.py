@@ -15,14 +15,12 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, refuse_unknown, suggestion
 from snnconv.preprocess import Preprocessing, overridden
 
 KEYS = (
@@ -84,7 +82,8 @@ def read_recipe(name: str) -> Recipe:
     if not path.is_file():
         if name.endswith(".toml"):
             raise UsageError(f"{name}: no such recipe file")
-        raise UsageError(f"there is no recipe {name!r}{suggestion(name, names())}")
+        others = f"there are {', '.join(names())}"
+        raise UsageError(f"there is no recipe {name!r}{suggestion(name, names(), others)}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -98,21 +97,8 @@ def read_recipe(name: str) -> Recipe:
     for key in ("model_args", "preprocessing", "train"):
         if not isinstance(values.get(key, {}), dict):
             raise UsageError(f"{path}: {key} must be a table")
-    refuse_unknown(str(path), values.get("preprocessing", {}), PREPROCESSING_KEYS)
+    refuse_unknown(f"{path}: [preprocessing]", values.get("preprocessing", {}), PREPROCESSING_KEYS)
     recipe = Recipe(path.stem, **values)
     if recipe.channels not in ("rgb", "bgr"):
         raise UsageError(f'{path}: channels must be "rgb" or "bgr", not {recipe.channels!r}')
     return recipe
-
-
-def refuse_unknown(where: str, values: dict[str, Any], known: Sequence[str]) -> None:
-    """Raise UsageError, with near names, if there are keys beside the known ones."""
-    unknown = [k for k in values if k not in known]
-    if unknown:
-        raise UsageError(f"{where}: unknown keys", [f"{k}{suggestion(k, known)}" for k in unknown])
-
-
-def suggestion(name: str, known: Any) -> str:
-    """Return a question about near names, or the list of all."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; there are {', '.join(known)}"

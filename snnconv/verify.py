@@ -356,7 +356,7 @@ def _constant_plane(oracle: _Oracle, node: fx.Node) -> Tensor | None:
         preprocessing = oracle.network.preprocessing
         pixel = torch.tensor(preprocessing.zero_point, dtype=torch.uint8).view(1, -1, 1, 1)
         shape = (1, *oracle.traced.shapes[node.name])
-        return preprocessing.normalize(pixel, torch.float64).expand(shape)
+        return preprocessing.normalize(pixel.double()).expand(shape)
     if node.name in oracle.fired or node.target in ADDITIONS:
         return None
     module = oracle.module.get_submodule(str(node.target)) if node.op == "call_module" else None

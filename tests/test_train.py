@@ -219,11 +219,25 @@ def test_the_chosen_network_verifies_against_its_own_graph(tmp_path: Path) -> No
     assert trained.network.provenance["retraining"]["settings"]["epochs"] == 1
 
 
+def test_weights_of_two_bits_are_learnt(tmp_path: Path) -> None:
+    digits = Digits(tmp_path, timesteps=7)
+    digits.weight_bits = 2
+    found = digits.run()
+    assert found["held_out_kl"] < 0.5 * digits.metrics()[0]["held_out_kl"]
+    network = digits.training.network()
+    stem, *rest = network.populations
+    assert int(stem.branches[0].weight.abs().max()) == 127
+    weights = [s.weight for p in rest for s in p.branches if s.kind != "scale"]
+    assert all(int(w.abs().max()) == 1 for w in weights)
+
+
 class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"optimizer": "adamw", "lr": 1e-3, "ema": 0.9, "stages": (5,)}]
+)
 @pytest.mark.parametrize("step", [2, 5, 12])
 def test_an_interrupted_training_ends_with_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], step: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,11 @@ __all__ = [
 ]
 
 
-def choose_indices(total: int, count: int | None, seed: int) -> np.ndarray:
-    """Draw `count` of `total` images without replacement, sorted; None or too many means all."""
+def choose_indices(total: int, count: int | None, seed: int | Sequence[int]) -> np.ndarray:
+    """Draw `count` of `total` images without replacement, sorted; None or too many means all.
+
+    Draws for different purposes take a seed and a number of their own.
+    """
     if count is None or count >= total:
         return np.arange(total)
     generator = np.random.Generator(np.random.PCG64(seed))

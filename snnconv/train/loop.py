@@ -38,6 +38,8 @@ TIMED_STEPS = 5
 # Augmentation of held-out images is that of an epoch that never comes.
 HELD_OUT_EPOCH = 2**31 - 1
 HELD_OUT_SHARE = 0.1
+# Another draw than that of the calibration images, which else would be among them.
+HELD_OUT_DRAW = 1
 HELD_OUT_BATCH = 250
 # In this last share of the epochs nothing is computed in half precision.
 EXACT_SHARE = 0.25
@@ -96,9 +98,8 @@ class Training:
         self.progress, self.announce = progress, announce
         self.timesteps = student.timesteps
         self.preprocessing = student.preprocessing
-        self.held_out = choose_indices(
-            len(data), min(settings.held_out, int(len(data) * HELD_OUT_SHARE)), seed
-        )
+        held_out = min(settings.held_out, int(len(data) * HELD_OUT_SHARE))
+        self.held_out = choose_indices(len(data), held_out, (seed, HELD_OUT_DRAW))
         self.indices = np.setdiff1d(np.arange(len(data)), self.held_out)
         if not len(self.held_out):
             raise DataError(
@@ -141,12 +142,12 @@ class Training:
             self._load()
         elif self.metrics is not None and distributed.rank() == 0:
             self.metrics.write_text("")
-        model = self._shared()
-        if self.at.epoch == 0 and self.at.step == 0:
-            self._enter_stage(0)
-            self._finish_epoch(0.0)
-        while self.at.epoch < self.settings.epochs:
-            self._epoch(model)
+        try:
+            self._train()
+        except KeyboardInterrupt:
+            if self.state is not None and self.state.is_file():
+                self.announce("the same command with --resume goes on with the retraining")
+            raise
         assert self.best is not None
         _assign(self.student.trained(), self.best)
         for module in (self.student, self.student.qann, self.teacher):
@@ -159,6 +160,16 @@ class Training:
             "held_out_kl": self.at.best_score,
             "chosen_epoch": self.at.best_epoch,
         }
+
+    def _train(self) -> None:
+        """Go through the epochs that are left."""
+        model = self._shared()
+        if self.at.epoch == 0 and self.at.step == 0:
+            self._enter_stage(0)
+            self._finish_epoch(0.0)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            while self.at.epoch < self.settings.epochs:
+                self._epoch(model)
 
     def _shared(self) -> nn.Module:
         if distributed.size() == 1:
@@ -186,8 +197,8 @@ class Training:
         started = saved = timed = time.monotonic()
         rate = self.optimizer.param_groups[0]
         for count, (pixels, labels) in enumerate(self._batches(epoch, at.step), 1):
-            loss, hits = self._step(model, pixels.to(self.device), labels.to(self.device))
-            at.loss, at.hits, at.images = at.loss + loss, at.hits + hits, at.images + len(labels)
+            loss, hits, images = self._step(model, pixels.to(self.device), labels.to(self.device))
+            at.loss, at.hits, at.images = at.loss + loss, at.hits + hits, at.images + images
             at.step += 1
             self.progress(
                 "retrain",
@@ -243,15 +254,18 @@ class Training:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
-    def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, int]:
-        """Take one step on this rank's share of a batch; return loss over all and hits here."""
+    def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, int, int]:
+        """Take one step on this rank's share of a batch; return loss, hits and images of all."""
         self.schedule.step_update(self.at.epoch * self.steps + self.at.step)
         with self._precision():
             logits = model(pixels)[self.readout].flatten(1).float()
             loss = self._loss(logits, pixels, labels)
         # DDP averages over ranks; a rank may have an image less than another.
         loss = loss * (len(labels) * distributed.size() / self.batch)
-        value = float(distributed.sum_over_ranks(loss.detach().double()) / distributed.size())
+        hits = (logits.argmax(1) == labels).sum()
+        here = [loss.detach().double() / distributed.size(), hits, torch.tensor(len(labels))]
+        sums = distributed.sum_over_ranks(torch.stack([v.double().to(hits.device) for v in here]))
+        value, *counts = sums.tolist()
         if not math.isfinite(value):
             raise SnnconvError(
                 f"retraining: the loss is {value} at step {self.at.step + 1} of epoch "
@@ -264,7 +278,7 @@ class Training:
         if self.ema is not None:
             for average, parameter in zip(self.ema, self.student.trained(), strict=True):
                 average.lerp_(parameter.detach(), 1 - self.settings.ema)
-        return value, int((logits.argmax(1) == labels).sum())
+        return value, int(counts[0]), int(counts[1])
 
     def _loss(self, logits: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the mean of cross entropy and divergence from the teacher over images."""
@@ -312,12 +326,11 @@ class Training:
             at.best_score, at.best_epoch = kl, at.epoch
             self.best = [p.detach().clone() for p in self.student.trained()]
         _assign(self.student.trained(), current)
-        hits, images = distributed.sum_over_ranks(torch.tensor([at.hits, at.images])).tolist()
         line = {
             "epoch": at.epoch,
             "timesteps": self.student.timesteps,
-            "loss": at.loss / self.steps if images else None,
-            "train_top1_percent": 100 * hits / images if images else None,
+            "loss": at.loss / self.steps if at.images else None,
+            "train_top1_percent": 100 * at.hits / at.images if at.images else None,
             "held_out_kl": kl,
             "held_out_top1_percent": accuracy,
             "lr": lr,

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from snnconv.data.augment import Augmentation
-from snnconv.errors import UsageError, first_line
-from snnconv.recipe import refuse_unknown
+from snnconv.errors import UsageError, first_line, refuse_unknown
 
 
 @dataclass(frozen=True)

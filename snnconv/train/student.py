@@ -143,7 +143,9 @@ class Student(nn.Module):
         folded = self.refresh(torch.float32)
         with torch.no_grad():
             integers = list(
-                rounded(self.qann, self.preprocessing, self.timesteps, self.weight_bits)
+                rounded(
+                    self.qann, self.preprocessing, self.timesteps, self.weight_bits, torch.float32
+                )
             )
         clips = iter(self._clips())
         tensors: dict[str, Tensor] = {}
