@@ -162,7 +162,6 @@ def command(
     report.require_writable(report_path, force, {"schema": "snnconv.conversion/1"})
     files = TrainFiles.beside(path)
     settings = training.settings(recipe)
-    files.require_free(training.resume, force)
 
     from snnconv import __version__, checkpoint, distributed
     from snnconv.data import choose_indices
@@ -183,6 +182,8 @@ def command(
         why = "no data given" if train is None else "the data have no training part"
         training.refuse_without_training(f"{why}: nothing to retrain on")
         settings = None
+    if settings is not None:
+        files.require_free(training.resume, force)
     described: dict[str, Any] = {
         "name": loaded.name,
         "args": loaded.model_args,
@@ -202,7 +203,8 @@ def command(
             "seed": seed,
         }
     how_calibrated = {"method": calibration, "on": calibrated_on}
-    with distributed.group(place), console.progress(quiet) as progress:
+    advice = "start it again with --resume"
+    with distributed.group(place, advice), console.progress(quiet) as progress:
 
         def batches() -> Any:
             return _batches(train, loaded, indices, progress) if train and calibrated_on else None
@@ -244,6 +246,7 @@ def command(
                 "calibration": how_calibrated,
             },
         )
+        processes = distributed.size()
         progress("verify", 0, 1)
         verification, agreement = check_equal(conversion, _sample(train, loaded, indices, seed))
         progress("verify", 1, 1)
@@ -252,7 +255,8 @@ def command(
             described["ann"] = _measure_ann(conversion, loaded, test, chosen, place, progress)
             if described["ann"] is not None:
                 described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
-            accuracies = _measure_qann(conversion, test, chosen, place, progress) if retrain else {}
+            if retrain is not None:
+                accuracies = _measure_qann(conversion, test, chosen, place, progress)
     spiking = with_settings(conversion.network, model=described)
     if not distributed.is_leader():
         return
@@ -288,10 +292,12 @@ def command(
         },
         "seed": seed,
         "device": place,
+        "processes": processes,
         "seconds": time.perf_counter() - start,
     }
     report.write(report_path, contents, console.arguments())
-    files.state.unlink(missing_ok=True)
+    if settings is not None:
+        files.state.unlink(missing_ok=True)
     if as_json:
         console.emit_json(contents)
     else:
@@ -358,6 +364,7 @@ def _measure_qann(
 ) -> dict[str, Any]:
     """Return the accuracies of a retrained network in float, as it was trained, and in integers."""
     from snnconv.engine import endpoint
+    from snnconv.engine.linear import exact_arithmetic
     from snnconv.measure import top1_percent
     from snnconv.normalize import rounded_qann
 
@@ -367,8 +374,9 @@ def _measure_qann(
     offset = 0.5 if network.initial_membrane == "half" else 0.0
 
     def in_float(pixels: torch.Tensor) -> torch.Tensor:
-        images = network.preprocessing.center(pixels)
-        return qann(images, network.timesteps, offset=offset)[readout.name].flatten(1)
+        with exact_arithmetic():
+            images = network.preprocessing.center(pixels)
+            return qann(images, network.timesteps, offset=offset)[readout.name].flatten(1)
 
     def in_integers(pixels: torch.Tensor) -> torch.Tensor:
         return endpoint(network, pixels, network.timesteps).logits(network, readout.name).flatten(1)

@@ -143,7 +143,7 @@ def command(
     own = {"schema": "snnconv.evaluation/1", "data": images.name, "seed": seed}
     report.require_writable(report_path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
-    with distributed.group(place), console.progress(quiet) as progress:
+    with distributed.group(place, "start it again"), console.progress(quiet) as progress:
         evaluation = evaluate(
             network,
             images,

@@ -141,7 +141,7 @@ def explain(error: BaseException) -> str | None:
                     "requirements: pip install -e . (or make demo)"
                 )
         if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
-            return "out of memory; use fewer images (--limit) or another --device"
+            return "out of memory; use another --device, and to retrain a smaller --batch-size"
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return None

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from snnconv.errors import UsageError
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from snnconv.recipe import Recipe
     from snnconv.train import TrainSettings
 
+NAMES = ("epochs", "lr", "batch_size", "distill", "workers", "resume")
 LARGEST_WORKERS = 8
 # Images of so many are hashed to tell one training set from another.
 HASHED_IMAGES = 1000
@@ -48,31 +51,26 @@ class TrainOptions:
         from snnconv.train import TrainSettings
 
         values = dict(recipe.train) if recipe else {}
-        epochs = values.pop("epochs", None) if self.epochs is None else self.epochs
-        values.pop("epochs", None)
-        settings = TrainSettings.from_dict(recipe.name if recipe else "training", values)
-        if epochs == 0:
+        if (values.get("epochs") if self.epochs is None else self.epochs) == 0:
             self.refuse_without_training("--epochs 0 retrains nothing")
             return None
-        given: dict[str, Any] = {
-            "epochs": epochs,
-            "lr": self.lr,
-            "batch_size": self.batch_size,
-        }
+        given = {"epochs": self.epochs, "lr": self.lr, "batch_size": self.batch_size}
+        values |= {key: value for key, value in given.items() if value is not None}
         if self.distill is not None:
-            given["distill"] = (settings.distill or TrainSettings.distill) if self.distill else 0.0
-        return replace(settings, **{k: v for k, v in given.items() if v is not None})
+            usual = values.get("distill") or TrainSettings.distill
+            values["distill"] = usual if self.distill else 0.0
+        return TrainSettings.from_dict(recipe.name if recipe else "training", values)
 
     def refuse_without_training(self, why: str) -> None:
-        """Raise UsageError if an option was given that only retraining heeds."""
-        given = {
-            "--epochs": bool(self.epochs),
-            "--lr": self.lr is not None,
-            "--batch-size": self.batch_size is not None,
-            "--distill": self.distill is not None,
-            "--resume": self.resume,
-        }
-        if useless := [name for name, is_given in given.items() if is_given]:
+        """Raise UsageError if the command line has an option that only retraining heeds."""
+        context = click.get_current_context()
+        useless = [
+            f"--{name.replace('_', '-')}"
+            for name in NAMES
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+            and not (name == "epochs" and self.epochs == 0)
+        ]
+        if useless:
             raise UsageError(f"{why}; {', '.join(useless)} would do nothing")
 
 
@@ -115,8 +113,7 @@ def train_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(*args: Any, **values: Any) -> Any:
-        names = ("epochs", "lr", "batch_size", "distill", "workers", "resume")
-        training = TrainOptions(*(values.pop(name) for name in names))
+        training = TrainOptions(*(values.pop(name) for name in NAMES))
         return function(*args, training=training, **values)
 
     for option in reversed(_OPTIONS):
@@ -134,7 +131,9 @@ class TrainFiles:
     @classmethod
     def beside(cls, checkpoint: Path) -> TrainFiles:
         """Name the files of a checkpoint."""
-        stem = checkpoint.name.removesuffix(".snn.safetensors")
+        from snnconv.checkpoint import SUFFIX
+
+        stem = checkpoint.name.removesuffix(SUFFIX)
         return cls(
             checkpoint.with_name(f"{stem}.train.pt"), checkpoint.with_name(f"{stem}.metrics.jsonl")
         )
@@ -178,6 +177,7 @@ def retrainer(
 
     `images` gives the pixels to calibrate on, `calibration` says how, as plain JSON values.
     """
+    from snnconv import __version__
     from snnconv.data import choose_indices
     from snnconv.train import retrain
 
@@ -196,7 +196,9 @@ def retrainer(
         "model_args": loaded.model_args,
         "weights_sha256": loaded.weights_sha256,
         "preprocessing": loaded.preprocessing.to_dict(),
+        "version": __version__,
         "images": len(data),
+        "labels_sha256": hashlib.sha256(data.labels.tobytes()).hexdigest(),
         "data_sha256": data.sha256(choose_indices(len(data), HASHED_IMAGES, seed)),
         "calibration": calibration,
     }

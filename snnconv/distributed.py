@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from snnconv.errors import SnnconvError, first_line
+from snnconv.errors import SnnconvError, UsageError, first_line
+
+# What gloo and NCCL say when the other end is gone.
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 T = TypeVar("T", bound=Any)
 
@@ -36,35 +39,33 @@ def size() -> int:
 
 
 @contextmanager
-def group(device: str) -> Iterator[None]:
+def group(device: str, advice: str) -> Iterator[None]:
     """Join the job's processes (gloo on CPU, NCCL on GPU), and leave them at the end.
 
-    Raises SnnconvError if another process ends before its time.
+    Raises SnnconvError with `advice` if another process ends before its time, UsageError if there
+    are more processes than GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         yield
         return
     if device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise UsageError(
+                f"there are {torch.cuda.device_count()} GPUs here; start at most so many processes"
+            )
+        torch.cuda.set_device(local)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
         yield
-    except (dist.DistError, RuntimeError) as error:
-        if isinstance(error, dist.DistError) or _lost_peer(error):
+    except RuntimeError as error:
+        if any(sign in str(error) for sign in LOST_PEER):
             raise SnnconvError(
-                f"another process of the job has ended ({first_line(error)}); start the job again "
-                "with --resume"
+                f"another process of the job has ended ({first_line(error)}); {advice}"
             ) from error
         raise
     finally:
         dist.destroy_process_group()
-
-
-def _lost_peer(error: BaseException) -> bool:
-    text = str(error)
-    return any(
-        sign in text for sign in ("Connection closed by peer", "gloo", "NCCL", "Broken pipe")
-    )
 
 
 def share(items: T) -> T:

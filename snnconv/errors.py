@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 class SnnconvError(Exception):
@@ -69,3 +71,22 @@ def refuse_unknown(where: str, keys: Iterable[str], known: Iterable[str]) -> Non
         raise UsageError(
             f"{where} has unknown keys", [f"{k}{suggestion(k, known, among)}" for k in unknown]
         )
+
+
+def require_types(where: str, settings: Any) -> None:
+    """Raise UsageError unless every field of a dataclass has a value of its declared type."""
+    wrong = [
+        f"{name} must be {getattr(hint, '__name__', hint)}, not {getattr(settings, name)!r}"
+        for name, hint in get_type_hints(type(settings)).items()
+        if not _fits(getattr(settings, name), hint)
+    ]
+    if wrong:
+        raise UsageError(f"{where}: values of a wrong type", wrong)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is UnionType:
+        return any(_fits(value, part) for part in get_args(hint))
+    if get_origin(hint) is tuple:
+        return type(value) is tuple and all(_fits(v, get_args(hint)[0]) for v in value)
+    return type(value) in ((int, float) if hint is float else (hint,))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,20 +64,32 @@ def integerize(
     )
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """A layer in float with the values of its integers, in the shapes and units of the QANN.
+
+    `weights` and `scales` `[C]` (the float value of one integer in `W theta_source`) are per
+    branch; `bias` is `[C]`.
+    """
+
+    weights: list[Tensor]
+    scales: list[Tensor]
+    bias: Tensor
+
+
 def rounded(
     qann: Qann,
     preprocessing: Preprocessing,
     timesteps: int,
     weight_bits: int,
     dtype: torch.dtype = torch.float64,
-) -> Iterator[tuple[list[Tensor], Tensor]]:
-    """Yield weights and bias of every layer with which the QANN computes what its integers do.
+) -> Iterator[Rounded]:
+    """Yield, for every layer, the float tensors with which the QANN computes what integers do.
 
-    They are of `dtype`, in the shapes and units of the QANN's own. In float64 the integers are
-    those of `integerize`; in float32 a weight may be rounded to the other side now and then. They
-    hold for images of `Preprocessing.center`, in which a pixel of the zero point is 0. The rounding
-    of a threshold is put into weights and bias, since `W x >= theta_int` is
-    `W x clip/theta_int >= clip`.
+    In float64 the integers are those of `integerize`; in float32 a weight may be rounded to the
+    other side now and then. The tensors hold for images of `Preprocessing.center`, in which a
+    pixel of the zero point is 0. The rounding of a threshold is put into weights and bias, since
+    `W x >= theta_int` is `W x clip/theta_int >= clip`.
     """
     values = spike_values(qann, preprocessing, dtype)
     integers = _integer_layers(qann, preprocessing, timesteps, weight_bits, dtype)
@@ -86,15 +98,16 @@ def rounded(
             unit = node.clip / node.threshold
         else:
             unit = torch.full_like(layer.bias, node.unit, dtype=dtype)
-        weights = []
+        weights, scales = [], []
         for branch, synapse in zip(layer.branches, node.branches, strict=True):
+            lcm = math.prod(pool.lcm for pool in branch.pools)
+            scales.append(unit * torch.exp2(synapse.shift) * lcm)
             row = synapse.weight.to(dtype)
-            row = row * (unit * torch.exp2(synapse.shift)).view(-1, *[1] * (row.ndim - 1))
             worth = values[branch.source][0]
             inverse = torch.where(worth > 0, 1 / worth, 0.0)
-            lcm = math.prod(pool.lcm for pool in branch.pools)
-            weights.append(times_inputs(branch, row, inverse * lcm))
-        yield weights, node.bias * unit
+            row = row * scales[-1].view(-1, *[1] * (row.ndim - 1))
+            weights.append(times_inputs(branch, row, inverse))
+        yield Rounded(weights, scales, node.bias * unit)
 
 
 def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
@@ -104,8 +117,8 @@ def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
     """
     copied = copy.deepcopy(qann)
     tensors = rounded(qann, network.preprocessing, network.timesteps, network.weight_bits)
-    for layer, (weights, bias) in zip(copied.weighted(), tensors, strict=True):
-        layer.assign_(weights, bias)
+    for layer, found in zip(copied.weighted(), tensors, strict=True):
+        layer.assign_(found.weights, found.bias)
     return copied
 
 

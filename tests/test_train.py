@@ -17,7 +17,8 @@ from torch import Tensor
 
 from snnconv.calibrate import calibrate_
 from snnconv.checkpoint import save_network
-from snnconv.data import open_data
+from snnconv.data import choose_indices, open_data
+from snnconv.data.augment import Augmentation
 from snnconv.engine import endpoint
 from snnconv.errors import DataError, SnnconvError, UsageError
 from snnconv.folding import Folder, fold
@@ -72,7 +73,41 @@ def test_folding_is_differentiable_and_shares_what_the_network_shares() -> None:
         assert torch.allclose(bias, layer.bias, rtol=1e-5, atol=1e-6)
     total = sum(w.square().sum() for ws, _ in folder.tensors() for w in ws)
     total.backward()  # type: ignore[union-attr]
-    assert all(p.grad is not None for n, p in traced.module.named_parameters() if "conv" in n)
+    grads = {n: p.grad for n, p in traced.module.named_parameters() if p.ndim > 1}
+    assert all(grad is not None and float(grad.abs().sum()) > 0 for grad in grads.values())
+
+
+class Twice(torch.nn.Module):
+    """One convolution at two call sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 3, padding=1)
+        self.head = torch.nn.Linear(4 * 144, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.relu(self.conv(torch.relu(self.conv(x))))
+        return self.head(x.flatten(1))
+
+
+def test_what_the_network_shares_stays_shared() -> None:
+    torch.manual_seed(0)
+    model = Twice()
+    traced = trace(model, SMALL.input_size)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    pixels = noise(SMALL, 4)
+    calibrate_(qann, [SMALL.normalize(pixels)], 7)
+    student = Student(traced, plan, qann, SMALL, 7)
+    weights = {n: p for n, p in student.named_parameters() if p.ndim > 1}
+    assert len(weights) == 3
+    student(pixels)["logits"].square().sum().backward()
+    with torch.no_grad():
+        weights["network.conv.weight"] -= 0.1
+    student.refresh()
+    one, two = (layer.weights[0] for layer in qann.weighted()[1:3])
+    assert torch.equal(one, two) and not torch.equal(one, model.conv.weight)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -192,6 +227,9 @@ def test_retraining_comes_nearer_to_the_float_network(tmp_path: Path) -> None:
         found["held_out_kl"] == min(x["held_out_kl"] for x in lines) < 0.6 * lines[0]["held_out_kl"]
     )
     assert found["images"] == 540 and found["held_out_images"] == 60
+    calibrating = choose_indices(600, 500, 0)
+    assert not np.isin(digits.training.held_out, calibrating).any()
+    assert not np.isin(digits.training.indices, digits.training.held_out).any()
     assert lines[1]["train_top1_percent"] > 80 and lines[2]["loss"] < lines[1]["loss"]
 
 
@@ -220,7 +258,7 @@ def test_the_chosen_network_verifies_against_its_own_graph(tmp_path: Path) -> No
 
 
 def test_weights_of_two_bits_are_learnt(tmp_path: Path) -> None:
-    digits = Digits(tmp_path, timesteps=7)
+    digits = Digits(tmp_path, timesteps=7, epochs=6)
     digits.weight_bits = 2
     found = digits.run()
     assert found["held_out_kl"] < 0.5 * digits.metrics()[0]["held_out_kl"]
@@ -279,28 +317,99 @@ def test_another_training_is_not_continued(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     digits = Digits(tmp_path, epochs=2)
-    model, calls = digits.loaded.model, []
+    model = digits.loaded.model
+    calls: list[int] = []
 
     class Failing(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             calls.append(len(x))
             return model(x) * (float("nan") if calls.count(100) > 8 else 1)
 
-    digits.loaded = type(digits.loaded)(**{**vars(digits.loaded), "model": model})
-    run_with, digits_model = Failing(), digits.loaded.model
-    traced = trace(digits_model, digits.loaded.preprocessing.input_size)
+    traced = trace(model, digits.loaded.preprocessing.input_size)
     plan = make_plan(traced)
     qann = fold(traced, plan)
     calibrate_(qann, digits.images, 2)
     student = Student(traced, plan, qann, digits.loaded.preprocessing, 2)
     training = Training(
-        student, run_with, digits.data, digits.settings, state=tmp_path / "a.train.pt"
+        student, Failing(), digits.data, digits.settings, state=tmp_path / "a.train.pt"
     )
     with pytest.raises(SnnconvError, match="the loss is nan at step 4 of epoch 2"):
         training.run()
     kept = torch.load(tmp_path / "a.train.pt", weights_only=True)
     assert kept["at"]["epoch"] == 1
     assert all(bool(p.isfinite().all()) for p in kept["parameters"])
+
+
+def test_a_step_too_far_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("snnconv.train.loop.SAVE_SECONDS", 0.0)
+    digits = Digits(tmp_path)
+
+    def spoil(stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage == "retrain" and done == 4:
+            with torch.no_grad():
+                digits.training.student.trained()[0][0] = float("inf")
+
+    with pytest.raises(
+        SnnconvError, match="a parameter is infinite or undefined after step 4 of epoch 1"
+    ):
+        digits.run(progress=spoil)
+    kept = torch.load(tmp_path / "a.train.pt", weights_only=True)
+    assert kept["at"]["step"] == 3
+    assert all(bool(p.isfinite().all()) for p in kept["parameters"])
+
+
+def test_a_new_training_forgets_the_state_of_another(tmp_path: Path) -> None:
+    digits = Digits(tmp_path, epochs=1)
+    digits.run()
+
+    def stop(stage: str, done: int, total: int, detail: str = "") -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        digits.run(progress=stop)
+    assert not (tmp_path / "a.train.pt").exists()
+
+
+def test_clips_come_back_within_their_bounds_and_can_leave_them() -> None:
+    traced = trace(RandomNetwork(3), SIZE)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    calibrate_(qann, [RANDOM.normalize(noise(RANDOM, 4))], 3)
+    student = Student(traced, plan, qann, RANDOM, 3, weight_bits=2)
+    with torch.no_grad():
+        for log in student.log_clips:
+            log[0] = -20.0
+        for log in student.log_shares.values():
+            log.add_(3.0)
+    student.bound_()
+    student.refresh()
+    for layer in qann.populations():
+        assert float(layer.clip.min()) >= float(layer.clip.max()) / 16.001
+        assert layer.cap is None or float(layer.clip.max()) <= layer.cap * (1 + 1e-6)
+    assert all(float(log.detach().max()) <= 0 for log in student.log_shares.values())
+    student(noise(RANDOM, 4))["logits"].square().sum().backward()
+    assert any(float(log.grad.abs().sum()) > 0 for log in student.log_shares.values())
+
+
+def test_gradient_of_the_upper_end_of_weights() -> None:
+    """By the formula of learnt step sizes: the rounding error inside, the end itself beyond."""
+    traced = trace(Residual(), SMALL.input_size)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    calibrate_(qann, [SMALL.normalize(noise(SMALL, 4))], 3)
+    student = Student(traced, plan, qann, SMALL, 3, weight_bits=3)
+    layer = qann.weighted()[1]
+    weight = layer.weights[0].detach().clone().requires_grad_()
+    log = torch.zeros(len(weight), requires_grad=True)
+    worth = qann.weighted()[0].clip.view(1, -1, 1, 1)
+    scale = (weight.detach() * worth).flatten(1).abs().amax(1) / 4
+    out = student._clipped(layer, 0, weight, log, scale, 3) * worth
+    by_log, by_weight = torch.autograd.grad(out.sum(), (log, weight))
+    x = (weight.detach() * worth / scale.view(-1, 1, 1, 1)).numpy().astype(np.float64)
+    error = np.where(np.abs(x) <= 3, np.round(np.clip(x, -3, 3)) - x, 3 * np.sign(x))
+    expected = (error * scale.numpy()[:, None, None, None]).sum((1, 2, 3))
+    assert np.allclose(by_log.numpy(), expected, atol=1e-4 * np.abs(expected).max())
+    assert np.array_equal(by_weight.numpy() != 0, np.abs(x) <= 3)
 
 
 def test_stages_go_through_larger_t_first(tmp_path: Path) -> None:
@@ -319,9 +428,16 @@ def test_too_few_images_and_wrong_settings_are_refused(tmp_path: Path) -> None:
         digits.run()
     with pytest.raises(UsageError, match="timm has no optimizer 'sgdd'"):
         Digits(tmp_path, optimizer="sgdd").run()
-    for wrong in ({"lr": 0.0}, {"lr": float("nan")}, {"epochs": 0}, {"distill": 1.5}):
+    for wrong in (
+        {"lr": 0.0}, {"lr": float("nan")}, {"epochs": 0}, {"distill": 1.5}, {"epochs": 3.0},
+        {"epochs": "12"}, {"batch_size": True}, {"stages": [7]}, {"stages": (0,)}, {"ema": 1},
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=next(iter(wrong))):
             TrainSettings(**wrong)
+    with pytest.raises(UsageError, match="2 epochs are too few for 2 stages"):
+        TrainSettings(epochs=2, stages=(31, 15))
+    with pytest.raises(UsageError, match="timm knows no auto_augment 'foo'"):
+        Digits(tmp_path, augmentation=Augmentation(auto_augment="foo")).run()
     with pytest.raises(UsageError, match="unknown keys") as error:
         TrainSettings.from_dict("r.toml", {"epoch": 3})
     assert error.value.problems == ["epoch; did you mean epochs?"]

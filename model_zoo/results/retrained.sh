@@ -15,7 +15,7 @@ checkpoints=$(realpath --relative-to="$here" "$2")
 pattern=${3:-.}
 work=../../runs/results
 cd "$here"
-mkdir -p "$work"
+mkdir -p "$work" ../checkpoints
 
 retrain() { # NAME SOURCE DATA_SET RECIPE
   [[ $1 =~ $pattern ]] || return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,17 @@ __all__ = [
 ]
 
 
-def choose_indices(total: int, count: int | None, seed: int | Sequence[int]) -> np.ndarray:
+def choose_indices(total: int, count: int | None, seed: int, *, others: bool = False) -> np.ndarray:
     """Draw `count` of `total` images without replacement, sorted; None or too many means all.
 
-    Draws for different purposes take a seed and a number of their own.
+    `others` draws from the other end of the same order: images that no draw with the same seed
+    has, as long as both together do not ask for more than there are.
     """
     if count is None or count >= total:
         return np.arange(total)
     generator = np.random.Generator(np.random.PCG64(seed))
-    return np.sort(generator.permutation(total)[:count])
+    order = generator.permutation(total)
+    return np.sort(order[total - count :] if others else order[:count])
 
 
 def check_labels(data: ImageData, num_classes: int) -> None:

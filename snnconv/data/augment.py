@@ -26,7 +26,7 @@ from snnconv.data.images import (
     compose,
     evaluation_transform,
 )
-from snnconv.errors import DataError, UsageError
+from snnconv.errors import DataError, UsageError, require_types
 from snnconv.preprocess import Preprocessing
 
 CROPS = ("shift", "scale", "none")
@@ -51,7 +51,8 @@ class Augmentation:
     auto_augment: str | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
+        """Refuse values of a wrong type and values that make no sense."""
+        require_types("augmentation", self)
         if self.crop not in (None, *CROPS):
             raise UsageError(f"crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
         for name, value in (("scale", self.scale), ("flip", self.flip)):
@@ -59,22 +60,35 @@ class Augmentation:
                 raise UsageError(f"{name} must be between 0 and 1, not {value}")
 
     def transform(self, preprocessing: Preprocessing) -> Transform:
-        """Return a transform from PIL images to PIL images of the network's size."""
+        """Return a transform from PIL images to PIL images of the network's size.
+
+        Raises UsageError for a policy timm does not know, and for other than 1 or 3 channels.
+        """
         from timm.data import create_transform
         from torchvision.transforms import RandomCrop, RandomHorizontalFlip
 
         channels, height, width = preprocessing.input_size
+        if channels not in (1, 3):
+            raise UsageError(
+                f"training images have 1 or 3 channels, the network takes {channels}; take "
+                "--epochs 0"
+            )
         crop = self.crop or ("shift" if max(height, width) <= SMALL_SIDE else "scale")
         flip = self.flip if self.flip is not None else (0.5 if channels == 3 else 0.0)
-        scaled = create_transform(
-            preprocessing.input_size,
-            is_training=True,
-            scale=(self.scale, 1.0),
-            hflip=flip,
-            color_jitter=0.0,
-            auto_augment=self.auto_augment,
-            interpolation=preprocessing.interpolation,
-        ).transforms
+        try:
+            scaled = create_transform(
+                preprocessing.input_size,
+                is_training=True,
+                scale=(self.scale, 1.0),
+                hflip=flip,
+                color_jitter=0.0,
+                auto_augment=self.auto_augment,
+                interpolation=preprocessing.interpolation,
+            ).transforms
+        except Exception as error:  # timm checks a policy's text by assertions
+            raise UsageError(
+                f"timm knows no auto_augment {self.auto_augment!r}; an example is rand-m9-mstd0.5"
+            ) from error
         if crop == "scale":
             return compose(scaled)
         steps: list[Any] = [evaluation_transform(preprocessing)]
@@ -97,8 +111,8 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield augmented pixels uint8 `[n, C, H, W]` and labels int64 `[n]` of each batch of indices.
 
-    Images that cannot be read are left out and their names kept in `data.unreadable`; raises
-    DataError once they are more than one in a hundred.
+    Images that cannot be read are left out, so n may be 0, and their names kept in
+    `data.unreadable`; raises DataError once they are more than one in a hundred of the data.
     """
     dataset = _Augmented(data, preprocessing, augmentation, (seed, epoch))
     loader = DataLoader(
@@ -108,17 +122,15 @@ def training_batches(
         collate_fn=_collate,
         generator=torch.Generator(),  # else it draws from the global one
     )
-    failed, total = 0, sum(map(len, batches))
     for pixels, labels, unreadable in loader:
-        failed += len(unreadable)
         data.unreadable.extend(n for n in unreadable if n not in data.unreadable)
-        if failed > UNREADABLE_SHARE * total:
+        if len(data.unreadable) > UNREADABLE_SHARE * len(data):
             raise DataError(
-                f"{data.name}: {failed} training images cannot be read; mend or remove them",
+                f"{data.name}: {len(data.unreadable)} of {len(data)} images cannot be read; mend "
+                "or remove them",
                 data.unreadable[:NAMED],
             )
-        if len(labels):
-            yield pixels, labels
+        yield pixels.view(-1, *preprocessing.input_size), labels
 
 
 class _Augmented(Dataset[Any]):
@@ -155,7 +167,8 @@ class _Augmented(Dataset[Any]):
 
 def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:
     read = [i for i in items if not isinstance(i, str)]
-    pixels = torch.from_numpy(np.stack([p for p, _ in read])) if read else torch.empty(0)
+    images = np.stack([p for p, _ in read]) if read else np.empty(0, np.uint8)
+    pixels = torch.from_numpy(images)
     labels = torch.tensor([label for _, label in read], dtype=torch.int64)
     return pixels, labels, [i for i in items if isinstance(i, str)]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
 from snnconv.data import ImageData
+from snnconv.errors import UsageError
 from snnconv.graph import Traced
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
@@ -60,9 +61,10 @@ def retrain(
         )
         calibrate_(qann, normalized, stage, calibration)
 
+    settings = settings or TrainSettings()
+    if settings.stages and calibration == "bn":
+        raise UsageError("training: stages need images to calibrate on, not --calibration bn")
     offset = 0.5 if initial_membrane == "half" else 0.0
     student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, offset)
-    training = Training(
-        student, teacher, data, settings or TrainSettings(), recalibrate=recalibrate, **options
-    )
+    training = Training(student, teacher, data, settings, recalibrate=recalibrate, **options)
     return training.run(resume)

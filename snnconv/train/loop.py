@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from snnconv import distributed
 from snnconv.checkpoint import write_atomically
-from snnconv.data import ImageData, choose_indices
+from snnconv.data import ImageData, choose_indices, default_batch
 from snnconv.data.augment import training_batches
 from snnconv.engine import endpoint
 from snnconv.errors import DataError, SnnconvError, UsageError, first_line
@@ -38,9 +38,6 @@ TIMED_STEPS = 5
 # Augmentation of held-out images is that of an epoch that never comes.
 HELD_OUT_EPOCH = 2**31 - 1
 HELD_OUT_SHARE = 0.1
-# Another draw than that of the calibration images, which else would be among them.
-HELD_OUT_DRAW = 1
-HELD_OUT_BATCH = 250
 # In this last share of the epochs nothing is computed in half precision.
 EXACT_SHARE = 0.25
 
@@ -85,7 +82,11 @@ class Training:
         progress: Progress = silent,
         announce: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Divide the images and build the optimiser. Raises UsageError for one timm has not."""
+        """Divide the images and build the optimiser.
+
+        Raises DataError for too few images, UsageError for what cannot be retrained and for an
+        optimizer timm has not.
+        """
         from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
 
@@ -99,7 +100,8 @@ class Training:
         self.timesteps = student.timesteps
         self.preprocessing = student.preprocessing
         held_out = min(settings.held_out, int(len(data) * HELD_OUT_SHARE))
-        self.held_out = choose_indices(len(data), held_out, (seed, HELD_OUT_DRAW))
+        # Others than those that calibrated, which are the first of the same order.
+        self.held_out = choose_indices(len(data), held_out, seed, others=True)
         self.indices = np.setdiff1d(np.arange(len(data)), self.held_out)
         if not len(self.held_out):
             raise DataError(
@@ -129,8 +131,9 @@ class Training:
         self.ema = [p.detach().clone() for p in student.trained()] if settings.ema else None
         self.best: list[Tensor] | None = None
         self.readout = _classifier(student.qann)
-        self.teacher_logits: list[Tensor] = []
-        self.estimated = False
+        self.teacher_logits: dict[int, Tensor] = {}
+        self.clock = _Clock()
+        settings.augmentation.transform(self.preprocessing)  # complains before anything is done
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Train, and leave the best epoch's parameters in the student and its QANN.
@@ -140,8 +143,12 @@ class Training:
         """
         if resume:
             self._load()
-        elif self.metrics is not None and distributed.rank() == 0:
-            self.metrics.write_text("")
+        elif distributed.rank() == 0:
+            # What an earlier training left must not be taken for this one's.
+            if self.state is not None:
+                self.state.unlink(missing_ok=True)
+            if self.metrics is not None:
+                self.metrics.write_text("")
         try:
             self._train()
         except KeyboardInterrupt:
@@ -155,6 +162,7 @@ class Training:
         self.student.refresh()
         return {
             "settings": self.settings.to_dict(),
+            "seed": self.seed,
             "images": len(self.indices),
             "held_out_images": len(self.held_out),
             "held_out_kl": self.at.best_score,
@@ -164,10 +172,12 @@ class Training:
     def _train(self) -> None:
         """Go through the epochs that are left."""
         model = self._shared()
-        if self.at.epoch == 0 and self.at.step == 0:
-            self._enter_stage(0)
-            self._finish_epoch(0.0)
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+        with torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            if self.at.epoch == 0 and self.at.step == 0:
+                self._enter_stage(0)
+                self._finish_epoch(0.0)
             while self.at.epoch < self.settings.epochs:
                 self._epoch(model)
 
@@ -190,13 +200,14 @@ class Training:
             self.student.refresh()
             self.recalibrate(timesteps)
             self.student.take_clips()
+            if self.ema is not None:
+                self.ema = [p.detach().clone() for p in self.student.trained()]
         self.student.timesteps = timesteps
 
     def _epoch(self, model: nn.Module) -> None:
         at, epoch = self.at, self.at.epoch
-        started = saved = timed = time.monotonic()
-        rate = self.optimizer.param_groups[0]
-        for count, (pixels, labels) in enumerate(self._batches(epoch, at.step), 1):
+        started = saved = time.monotonic()
+        for pixels, labels in self._batches(epoch, at.step):
             loss, hits, images = self._step(model, pixels.to(self.device), labels.to(self.device))
             at.loss, at.hits, at.images = at.loss + loss, at.hits + hits, at.images + images
             at.step += 1
@@ -207,29 +218,28 @@ class Training:
                 f"epoch {epoch + 1}/{self.settings.epochs}, loss {at.loss / at.step:.3f}, "
                 f"held-out KL {at.best_score:.4f}",
             )
-            if not self.estimated and count == 1:
-                timed = time.monotonic()
-            elif not self.estimated and count == 1 + TIMED_STEPS:
-                self._estimate((time.monotonic() - timed) / TIMED_STEPS)
+            if (seconds := self.clock.step()) is not None:
+                self._estimate(seconds)
             if time.monotonic() - saved > SAVE_SECONDS and at.step < self.steps:
                 at.seconds += time.monotonic() - started
                 started = saved = time.monotonic()
                 self._save()
         at.seconds += time.monotonic() - started
+        self._require_finite()
         at.epoch, at.step = epoch + 1, 0
-        self._finish_epoch(rate["lr"])
+        self._finish_epoch(self.optimizer.param_groups[0]["lr"])
         if at.epoch < self.settings.epochs:
             self._enter_stage(at.epoch)
         self._save()
 
     def _estimate(self, seconds: float) -> None:
         """Say how long the rest will take."""
-        self.estimated = True
-        left = self.steps * (self.settings.epochs - self.at.epoch) - self.at.step
+        epochs = self.settings.epochs - self.at.epoch
+        left = seconds * (self.steps * epochs - self.at.step) + self.clock.measuring * epochs
         self.announce(
             f"retraining: {self.settings.epochs} epochs of {self.steps} steps, {seconds:.2f} s a "
-            f"step, about {math.ceil(seconds * left / 60)} minutes to go; it can be interrupted "
-            "and continued with --resume"
+            f"step, about {math.ceil(left / 60)} minutes to go; it can be interrupted and "
+            "continued with --resume"
         )
 
     def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -249,7 +259,8 @@ class Training:
 
     def _precision(self) -> Any:
         """Return the context of a forward pass: bfloat16 on a GPU, but not near the end."""
-        early = self.at.epoch < self.settings.epochs * (1 - EXACT_SHARE)
+        last = math.ceil(self.settings.epochs * EXACT_SHARE)
+        early = self.at.epoch < self.settings.epochs - last
         if self.settings.amp and early and self.device.startswith("cuda"):
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
@@ -259,7 +270,8 @@ class Training:
         self.schedule.step_update(self.at.epoch * self.steps + self.at.step)
         with self._precision():
             logits = model(pixels)[self.readout].flatten(1).float()
-            loss = self._loss(logits, pixels, labels)
+            # A rank whose images cannot be read takes part all the same.
+            loss = self._loss(logits, pixels, labels) if len(labels) else logits.sum() * 0
         # DDP averages over ranks; a rank may have an image less than another.
         loss = loss * (len(labels) * distributed.size() / self.batch)
         hits = (logits.argmax(1) == labels).sum()
@@ -267,18 +279,28 @@ class Training:
         sums = distributed.sum_over_ranks(torch.stack([v.double().to(hits.device) for v in here]))
         value, *counts = sums.tolist()
         if not math.isfinite(value):
-            raise SnnconvError(
-                f"retraining: the loss is {value} at step {self.at.step + 1} of epoch "
-                f"{self.at.epoch + 1}; begin anew with a smaller --lr than {self.settings.lr:g} "
-                "(the last good state was kept)"
-            )
+            raise self._diverged(f"the loss is {value} at step {self.at.step + 1}")
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        self.student.bound_()
         if self.ema is not None:
             for average, parameter in zip(self.ema, self.student.trained(), strict=True):
                 average.lerp_(parameter.detach(), 1 - self.settings.ema)
         return value, int(counts[0]), int(counts[1])
+
+    def _diverged(self, what: str) -> SnnconvError:
+        return SnnconvError(
+            f"retraining: {what} of epoch {self.at.epoch + 1}; begin anew with a smaller --lr than "
+            f"{self.settings.lr:g} (the last good state was kept)"
+        )
+
+    def _require_finite(self) -> None:
+        """Raise SnnconvError if a parameter has become infinite or undefined."""
+        for parameter in self.student.trained():
+            if not bool(parameter.isfinite().all()):
+                where = f"after step {self.at.step}"
+                raise self._diverged(f"a parameter is infinite or undefined {where}")
 
     def _loss(self, logits: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
         """Return the mean of cross entropy and divergence from the teacher over images."""
@@ -316,13 +338,13 @@ class Training:
 
     def _finish_epoch(self, lr: float) -> None:
         """Measure the integer network on held-out images, keep it if it is the best so far."""
+        begun = time.monotonic()
         at, current = self.at, [p.detach().clone() for p in self.student.trained()]
         if self.ema is not None:
             _assign(self.student.trained(), self.ema)
         kl, accuracy = self._measure()
-        if self.student.timesteps != self.timesteps:
-            pass
-        elif kl < at.best_score:
+        self.clock.measuring = time.monotonic() - begun
+        if self.student.timesteps == self.timesteps and kl < at.best_score:
             at.best_score, at.best_epoch = kl, at.epoch
             self.best = [p.detach().clone() for p in self.student.trained()]
         _assign(self.student.trained(), current)
@@ -339,7 +361,7 @@ class Training:
         at.loss, at.hits, at.images = 0.0, 0, 0
         if self.metrics is not None and distributed.rank() == 0:
             with self.metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line, allow_nan=False) + "\n")
             at.written = self.metrics.stat().st_size
 
     def _measure(self) -> tuple[float, float]:
@@ -348,7 +370,8 @@ class Training:
         The images are augmented, always alike: a pretrained network knows them as they are.
         """
         network = self.network()
-        parts = np.array_split(self.held_out, -(-len(self.held_out) // HELD_OUT_BATCH))
+        count = -(-len(self.held_out) // default_batch(self.preprocessing))
+        parts = np.array_split(self.held_out, count)
         kl, hits, seen = 0.0, 0, 0
         images = training_batches(
             self.data,
@@ -360,10 +383,12 @@ class Training:
             workers=self.workers,
         )
         for i, (pixels, labels) in enumerate(images):
+            if not len(labels):
+                continue
             pixels = pixels.to(self.device)
             with torch.no_grad():
-                if i == len(self.teacher_logits):
-                    self.teacher_logits.append(self._teach(pixels).double().cpu())
+                if i not in self.teacher_logits:
+                    self.teacher_logits[i] = self._teach(pixels).double().cpu()
                 end = endpoint(network, pixels, network.timesteps)
                 logits = end.logits(network, self.readout).flatten(1).double().cpu()
             target = F.log_softmax(self.teacher_logits[i], 1)
@@ -371,13 +396,14 @@ class Training:
             kl += float((target.exp() * (target - found)).sum())
             hits += int((logits.argmax(1) == labels).sum())
             seen += len(labels)
-            self.progress("held out", seen, len(self.held_out))
+            self.progress("held out", seen * distributed.size(), len(self.held_out))
         sums = distributed.sum_over_ranks(torch.tensor([kl, hits, seen], dtype=torch.float64))
         return float(sums[0] / sums[2]), float(100 * sums[1] / sums[2])
 
     def _save(self) -> None:
         if self.state is None or distributed.rank() != 0:
             return
+        self._require_finite()
         contents = {
             "identity": self.identity,
             "at": asdict(self.at),
@@ -391,6 +417,15 @@ class Training:
         torch.save(contents, buffer)
         write_atomically(self.state, buffer.getvalue())
 
+    def _take(self, found: dict[str, Any]) -> None:
+        """Continue from a state that has been read."""
+        self.at = _Progressed(**found["at"])
+        self.student.timesteps = found["timesteps"]
+        _assign(self.student.trained(), found["parameters"])
+        self.optimizer.load_state_dict(found["optimizer"])
+        self.best = found["best"] and [b.to(self.device) for b in found["best"]]
+        self.ema = found["ema"] and [e.to(self.device) for e in found["ema"]]
+
     def _load(self) -> None:
         """Take up the state on disk. Raises UsageError with every difference if it is another's."""
         if self.state is None or not self.state.is_file():
@@ -398,21 +433,35 @@ class Training:
         try:
             found = torch.load(self.state, map_location="cpu", weights_only=True)
             other = _differences(found["identity"], self.identity)
+            if not other:
+                self._take(found)
         except Exception as error:  # a file may be wrong in any way there is
             raise UsageError(
                 f"--resume: {self.state} is damaged ({first_line(error)}); start anew with --force"
             ) from error
         if other:
             raise UsageError(f"--resume: {self.state} is of another training", other)
-        self.at = _Progressed(**found["at"])
-        self.student.timesteps = found["timesteps"]
-        _assign(self.student.trained(), found["parameters"])
-        self.optimizer.load_state_dict(found["optimizer"])
-        self.best = found["best"] and [b.to(self.device) for b in found["best"]]
-        self.ema = found["ema"] and [e.to(self.device) for e in found["ema"]]
         if self.metrics is not None and self.metrics.is_file() and distributed.rank() == 0:
             with self.metrics.open("r+b") as file:
                 file.truncate(min(self.at.written, self.metrics.stat().st_size))
+
+
+@dataclass
+class _Clock:
+    """Times the first steps of a run, for an estimate; `measuring` is a held-out pass, in s."""
+
+    steps: int = 0
+    begun: float = 0.0
+    measuring: float = 0.0
+
+    def step(self) -> float | None:
+        """Count a step; return the seconds of one when enough have been timed, once."""
+        self.steps += 1
+        if self.steps == 1:
+            self.begun = time.monotonic()
+        if self.steps == 1 + TIMED_STEPS:
+            return (time.monotonic() - self.begun) / TIMED_STEPS
+        return None
 
 
 def _classifier(qann: Qann) -> str:

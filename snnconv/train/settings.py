@@ -6,7 +6,22 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from snnconv.data.augment import Augmentation
-from snnconv.errors import UsageError, first_line, refuse_unknown
+from snnconv.errors import UsageError, refuse_unknown, require_types
+
+# Lowest and highest value of each number.
+BOUNDS = {
+    "epochs": (1, 10**6),
+    "lr": (1e-12, 10),
+    "batch_size": (1, 10**6),
+    "momentum": (0, 0.9999),
+    "weight_decay": (0, 1),
+    "clip_lr": (0, 100),
+    "warmup": (0, 1),
+    "distill": (0, 1),
+    "temperature": (0.1, 100),
+    "ema": (0, 0.9999),
+    "held_out": (1, 10**9),
+}
 
 
 @dataclass(frozen=True)
@@ -39,16 +54,19 @@ class TrainSettings:
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
-        """Refuse values that make no sense."""
-        bounds = {
-            "epochs": (1, 10**6), "lr": (1e-12, 10), "batch_size": (1, 10**6), "momentum": (0, 1),
-            "weight_decay": (0, 1), "clip_lr": (0, 100), "warmup": (0, 1), "distill": (0, 1),
-            "temperature": (0.1, 100), "ema": (0, 1), "held_out": (1, 10**9),
-        }  # fmt: skip
-        for key, (low, high) in bounds.items():
+        """Refuse values of a wrong type and values that make no sense."""
+        require_types("training", self)
+        for key, (low, high) in BOUNDS.items():
             value = getattr(self, key)
             if not low <= value <= high:
                 raise UsageError(f"training: {key} must be from {low:g} to {high:g}, not {value:g}")
+        if any(t < 1 for t in self.stages):
+            raise UsageError(f"training: stages must be positive T, not {list(self.stages)}")
+        if self.epochs <= len(self.stages):
+            raise UsageError(
+                f"training: {self.epochs} epochs are too few for {len(self.stages)} stages and the "
+                "final T"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -58,16 +76,15 @@ class TrainSettings:
     def from_dict(cls, where: str, values: dict[str, Any]) -> TrainSettings:
         """Build settings from the `[train]` table of `where`.
 
-        Raises UsageError for unknown keys and for values that make no sense.
+        Raises UsageError for unknown keys, wrong types and values that make no sense.
         """
         known = {**values}
         refuse_unknown(f"{where}: [train]", known, [f.name for f in fields(cls)])
         augmentation = known.pop("augmentation", {})
+        if not isinstance(augmentation, dict):
+            raise UsageError(f"{where}: [train] augmentation must be a table")
         names = [f.name for f in fields(Augmentation)]
         refuse_unknown(f"{where}: [train.augmentation]", augmentation, names)
-        if "stages" in known:
+        if isinstance(known.get("stages"), list):
             known["stages"] = tuple(known["stages"])
-        try:
-            return cls(**known, augmentation=Augmentation(**augmentation))
-        except TypeError as error:
-            raise UsageError(f"{where}: [train]: {first_line(error)}") from error
+        return cls(**known, augmentation=Augmentation(**augmentation))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ from snnconv.normalize import (
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Layer, Qann
+
+# Smallest upper end of weights of few bits, as a share of a row's largest weight.
+SMALLEST_WEIGHT_CLIP = 1e-3
+LARGEST_LOG = 30.0
 
 
 class _Through(torch.autograd.Function):
@@ -72,15 +77,13 @@ class Student(nn.Module):
             for log in (layer.clip.detach().log() for layer in qann.populations())
         )
         self.log_shares = nn.ParameterDict()
-        for index, (layer, bits) in enumerate(self._layers()):
-            if bits < LEARNT_BELOW_BITS:
-                self._learn_weight_clips(index, layer, bits)
+        bits = layer_bits(qann, weight_bits)
+        # A plain list, so that the layers do not become submodules.
+        self.layers = list(zip(qann.weighted(), bits, strict=True))
+        for index, (layer, few) in enumerate(self.layers):
+            if few < LEARNT_BELOW_BITS:
+                self._learn_weight_clips(index, layer, few)
         self._freeze_unused()
-
-    def _layers(self) -> list[tuple[Layer, int]]:
-        """Return the layers with the bits of their weights."""
-        bits = layer_bits(self.qann, self.weight_bits)
-        return list(zip(self.qann.weighted(), bits, strict=True))
 
     def _learn_weight_clips(self, index: int, layer: Layer, bits: int) -> None:
         """Make the upper ends of a layer's weights parameters, from the least squared error."""
@@ -90,7 +93,7 @@ class Student(nn.Module):
                 rows = times_inputs(branch, weight.detach().double(), values[branch.source][0])
                 largest = rows.flatten(1).abs().amax(1).clamp_min(1e-300)
                 share = row_scale(rows, bits) * (2 ** (bits - 1) - 1) / largest
-                log = share.clamp(1e-3, 1).log().float()
+                log = share.clamp(SMALLEST_WEIGHT_CLIP, 1).log().float()
                 self.log_shares[f"{index}_{j}"] = nn.Parameter(log)
 
     def _freeze_unused(self) -> None:
@@ -113,30 +116,38 @@ class Student(nn.Module):
         """Take the clips of the QANN, after a calibration."""
         with torch.no_grad():
             for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
-                log.copy_(layer.clip.log()[: len(log)])
+                clips = layer.clip.log()
+                log.copy_(clips if len(log) == len(clips) else clips.amax())
+
+    def bound_(self) -> None:
+        """Bring clips back within their bounds, after a step has moved them."""
+        with torch.no_grad():
+            for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
+                highest = LARGEST_LOG if layer.cap is None else math.log(layer.cap)
+                log.clamp_(-LARGEST_LOG, highest)
+                log.clamp_(min=log.amax() + math.log(SMALLEST_SHARE))
+            for log in self.log_shares.values():
+                log.clamp_(math.log(SMALLEST_WEIGHT_CLIP), 0.0)
 
     def refresh(self, dtype: torch.dtype = torch.float64) -> list[tuple[list[Tensor], Tensor]]:
         """Let the QANN follow the parameters; return the folded tensors, with gradients."""
         folded = list(self.folders[dtype].tensors())
         with torch.no_grad():
-            for (layer, _), (weights, bias) in zip(self._layers(), folded, strict=True):
+            for (layer, _), (weights, bias) in zip(self.layers, folded, strict=True):
                 layer.assign_(weights, bias)
             for layer, clip in zip(self.qann.populations(), self._clips(), strict=True):
                 layer.clip.copy_(clip)
             for key, log in self.log_shares.items():
                 index, j = map(int, key.split("_"))
-                self._layers()[index][0].clip_shares[j] = log.exp().clamp(1e-3, 1)
+                self.layers[index][0].clip_shares[j] = log.exp()
         return folded
 
     def _clips(self) -> list[Tensor]:
-        """Return the clip of every population, `[C]`, within their natural bounds."""
-        clips = []
-        for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
-            clip = log.exp()
-            largest = clip.detach().amax()
-            clip = clip.clamp(min=largest * SMALLEST_SHARE, max=layer.cap)
-            clips.append(clip.expand(len(layer.clip)))
-        return clips
+        """Return the clip of every population, `[C]`."""
+        return [
+            log.exp().expand(len(layer.clip))
+            for layer, log in zip(self.qann.populations(), self.log_clips, strict=True)
+        ]
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """Return every readout for uint8 pixels `[N, C, H, W]`, as the integers would give it."""
@@ -149,13 +160,14 @@ class Student(nn.Module):
             )
         clips = iter(self._clips())
         tensors: dict[str, Tensor] = {}
-        for i, (layer, bits) in enumerate(self._layers()):
-            (weights, bias), (rounded_weights, rounded_bias) = folded[i], integers[i]
-            for j, (weight, value) in enumerate(zip(weights, rounded_weights, strict=True)):
+        for i, (layer, bits) in enumerate(self.layers):
+            (weights, bias), stored = folded[i], integers[i]
+            for j, (weight, value) in enumerate(zip(weights, stored.weights, strict=True)):
                 if f"{i}_{j}" in self.log_shares:
-                    weight = self._clipped(layer, j, weight, self.log_shares[f"{i}_{j}"], bits)
+                    log_share = self.log_shares[f"{i}_{j}"]
+                    weight = self._clipped(layer, j, weight, log_share, stored.scales[j], bits)
                 tensors[f"layers.{i}.weights.{j}"] = _Through.apply(weight, value)
-            tensors[f"layers.{i}.bias"] = _Through.apply(bias, rounded_bias)
+            tensors[f"layers.{i}.bias"] = _Through.apply(bias, stored.bias)
             if not layer.readout:
                 tensors[f"layers.{i}.clip"] = next(clips)
         images = self.preprocessing.center(pixels)
@@ -165,16 +177,16 @@ class Student(nn.Module):
         return outputs
 
     def _clipped(
-        self, layer: Layer, j: int, weight: Tensor, log_share: Tensor, bits: int
+        self, layer: Layer, j: int, weight: Tensor, log_share: Tensor, scale: Tensor, bits: int
     ) -> Tensor:
-        """Round weights of few bits so that their upper end gets a gradient (section 1)."""
+        """Round weights of few bits so that their upper end gets a gradient (section 1).
+
+        `scale` is the one they are stored with, `[C]`; it moves as the upper end does.
+        """
         branch, top = layer.branches[j], 2 ** (bits - 1) - 1
-        worth = spike_values(self.qann, self.preprocessing)[branch.source][0].float()
+        worth = spike_values(self.qann, self.preprocessing, torch.float32)[branch.source][0]
         rows = times_inputs(branch, weight, worth)
-        shape = (-1, *[1] * (rows.ndim - 1))
-        largest = rows.detach().flatten(1).abs().amax(1).clamp_min(1e-30)
-        scale = (log_share.exp().clamp(1e-3, 1) * largest / top).view(shape)
-        inside = (rows / scale).clamp(-top, top)
-        return times_inputs(
-            branch, _Through.apply(inside, inside.round()) * scale, 1 / worth.clamp_min(1e-30)
-        )
+        moving = (scale * (log_share - log_share.detach()).exp()).view(-1, *[1] * (rows.ndim - 1))
+        inside = (rows / moving).clamp(-top, top)
+        inverse = torch.where(worth > 0, 1 / worth, 0.0)
+        return times_inputs(branch, _Through.apply(inside, inside.round()) * moving, inverse)
