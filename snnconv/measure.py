@@ -70,8 +70,8 @@ def _shared_batches(
     """Yield this rank's share of the batches, the same ones as if it were alone."""
     batch = batch or default_batch(preprocessing)
     starts = distributed.share(range(0, len(indices), batch))
-    chosen = [indices[start : start + batch] for start in starts]
-    return data.batches(preprocessing, np.concatenate(chosen or [indices[:0]]), batch)
+    chosen = np.concatenate([indices[:0], *(indices[start : start + batch] for start in starts)])
+    return data.batches(preprocessing, chosen, batch, asked=len(indices))
 
 
 @dataclass

@@ -98,15 +98,18 @@ class ImageData:
         preprocessing: Preprocessing,
         indices: Sequence[int] | np.ndarray,
         batch_size: int | None = None,
+        *,
+        asked: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pixels uint8 `[n, C, H, W]` and labels int64 `[n]` in the order of `indices`.
 
         Without a `batch_size` it is `default_batch`. Images that cannot be read are left out and
         their names kept in `unreadable`. Raises DataError once they are more than one in a hundred
-        of those asked for.
+        of those asked for, `asked` if `indices` are only a share of them.
         """
         indices = np.asarray(indices, dtype=np.int64)
         batch_size = batch_size or default_batch(preprocessing)
+        asked = asked or len(indices)
         failed = 0
         for start in range(0, len(indices), batch_size):
             kept, pixels = [], []
@@ -118,7 +121,7 @@ class ImageData:
                     failed += 1
                     if str(error) not in self.unreadable:
                         self.unreadable.append(str(error))
-            if failed > UNREADABLE_SHARE * len(indices):
+            if failed > UNREADABLE_SHARE * asked:
                 more = len(self.unreadable) - NAMED
                 raise DataError(
                     f"{self.name}: {failed} of the first {min(start + batch_size, len(indices))} "
