@@ -84,7 +84,7 @@ _OPTIONS = (
     click.option(
         "--lr",
         type=click.FloatRange(0, 10, min_open=True),
-        help="Highest learning rate.  [default: the recipe's, else 0.01]",
+        help="Highest learning rate.  [default: the recipe's, else 0.0007]",
     ),
     click.option(
         "--batch-size",

@@ -133,9 +133,8 @@ def _settled(clips: Tensor, cap: float | None) -> Tensor:
 def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
     histograms = {layer.name: Histogram(len(layer.clip)) for layer in qann.populations()}
 
-    def observe(layer: Layer, current: Tensor) -> None:
-        values = current.abs() if layer.two_sided else current.clamp(min=0)
-        histograms[layer.name].add(values.clamp(max=layer.cap) if layer.cap else values)
+    def observe(layer: Layer, activation: Tensor) -> None:
+        histograms[layer.name].add(activation.abs())
 
     seen = 0
     with torch.no_grad():

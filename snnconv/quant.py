@@ -172,7 +172,7 @@ class Qann(nn.Module):
         """Return every readout for normalised images `[N, C, H, W]`.
 
         With `timesteps` each activation is quantised to T levels of its clip, without it is the
-        plain ReLU (clamped at its natural cap). `observe` sees each population's current.
+        plain ReLU (clamped at its natural cap). `observe` sees each population's output.
         """
         values: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
@@ -187,9 +187,9 @@ class Qann(nn.Module):
                 if node.readout:
                     outputs[node.name] = current.reshape(len(current), *node.shape)
                 else:
-                    if observe is not None:
-                        observe(node, current)
                     values[node.name] = activate(node, current, timesteps, offset)
+                    if observe is not None:
+                        observe(node, values[node.name])
             for name in last_use.get(position, ()):
                 del values[name]
         return outputs

@@ -538,11 +538,9 @@ def compare_float(
     equal = total = 0
     offset = 0.5 if network.initial_membrane == "half" else 0.0
 
-    def observe(layer: Any, current: Tensor) -> None:
+    def observe(layer: Any, activation: Tensor) -> None:
         nonlocal equal, total
-        clip = _spread(layer.clip, current)
-        low = -timesteps if layer.two_sided else 0
-        levels = (current / (clip / timesteps) + offset).floor().clamp(low, timesteps)
+        levels = (activation / (_spread(layer.clip, activation) / timesteps)).round()
         equal += int((levels.reshape(counts[layer.name].shape) == counts[layer.name]).sum())
         total += levels.numel()
 

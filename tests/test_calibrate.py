@@ -26,7 +26,7 @@ def qann(name: str = "residual") -> Qann:
 def activations(network: Qann, x: Tensor) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
     with torch.no_grad():
-        network(x, observe=lambda layer, current: seen.update({layer.name: current.clone()}))
+        network(x, observe=lambda layer, activation: seen.update({layer.name: activation.clone()}))
     return seen
 
 

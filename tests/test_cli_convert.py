@@ -80,7 +80,7 @@ def test_eval_with_other_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([*base, *more]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert "calibrated for T 7, not 5" in err
+    assert "made for T 7, not 5" in err
     assert (found["timesteps"], found["trained_timesteps"]) == (5, 7)
     assert found["spikes"]["negative_percent"] == 0
     assert found["agreement"]["counts_exact"]

@@ -110,7 +110,7 @@ def test_a_defect_is_one_line_and_a_traceback_only_with_v(
         (ModuleNotFoundError("No module named 'timm'", name="timm"), ["timm", "pip install"]),
         (PermissionError(13, "Permission denied", "/x/y"), ["/x/y: Permission denied"]),
         (OSError(28, "No space left on device"), ["No space left"]),
-        (MemoryError(), ["--limit"]),
+        (MemoryError(), ["--batch-size"]),
     ],
 )
 def test_a_foreign_error_says_what_to_do(

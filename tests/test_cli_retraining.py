@@ -154,7 +154,7 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
     assert again.returncode == 2 and "give --resume to go on with it" in text
     other = snnconv([*arguments, "--resume", "--lr", "0.5"], folders[1])
     text, _ = other.communicate(timeout=60)
-    assert other.returncode == 2 and "settings.lr: 0.01 there, 0.5 here" in text
+    assert other.returncode == 2 and "settings.lr: 0.0007 there, 0.5 here" in text
     resumed = snnconv([*arguments, "--resume"], folders[1])
     assert resumed.wait(timeout=120) == 0 and whole.wait(timeout=120) == 0
     one, two = ((folder / "digits.snn.safetensors").read_bytes() for folder in folders)
@@ -169,7 +169,10 @@ def test_two_processes_do_what_one_does(
 ) -> None:
     (own_folder / "one").mkdir()
     (own_folder / "two").mkdir()
-    arguments = [*SHORT, "-q"]
+    # Adam would blow up the differences in the last bits of the sums.
+    recipe = own_folder / "sgd.toml"
+    recipe.write_text('arch = "digits_resnet"\n[train]\noptimizer = "sgd"\nlr = 0.01\n')
+    arguments = [*SHORT, "--recipe", str(recipe), "-q"]
     jobs = [
         snnconv(arguments, own_folder / "one"),
         snnconv(arguments, own_folder / "two", *TORCHRUN),
@@ -213,6 +216,7 @@ def test_the_others_say_that_a_process_has_died(
     assert "start it again with --resume" in text
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_which_can_be_resumed(own_folder: Path) -> None:
     arguments = [*DIGITS, "--epochs", "20"]
     job = snnconv(arguments, own_folder, *TORCHRUN)

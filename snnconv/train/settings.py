@@ -38,12 +38,12 @@ class TrainSettings:
     """
 
     epochs: int = 12
-    lr: float = 0.01
+    lr: float = 0.0007
     batch_size: int = 128
-    optimizer: str = "sgd"
+    optimizer: str = "adamw"
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    clip_lr: float = 0.1
+    clip_lr: float = 1.0
     warmup: float = 0.1
     distill: float = 0.9
     temperature: float = 2.0

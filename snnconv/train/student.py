@@ -22,7 +22,7 @@ from snnconv.normalize import (
 )
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
-from snnconv.quant import Layer, Qann
+from snnconv.quant import Layer, Observer, Qann
 
 # Smallest upper end of weights of few bits, as a share of a row's largest weight.
 SMALLEST_WEIGHT_CLIP = 1e-3
@@ -149,8 +149,11 @@ class Student(nn.Module):
             for layer, log in zip(self.qann.populations(), self.log_clips, strict=True)
         ]
 
-    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Return every readout for uint8 pixels `[N, C, H, W]`, as the integers would give it."""
+    def forward(self, pixels: Tensor, observe: Observer | None = None) -> dict[str, Tensor]:
+        """Return every readout for uint8 pixels `[N, C, H, W]`, as the integers would give it.
+
+        `observe` sees each population's output.
+        """
         folded = self.refresh(torch.float32)
         with torch.no_grad():
             integers = list(
@@ -172,7 +175,10 @@ class Student(nn.Module):
                 tensors[f"layers.{i}.clip"] = next(clips)
         images = self.preprocessing.center(pixels)
         outputs: dict[str, Tensor] = functional_call(
-            self.qann, tensors, (images, self.timesteps), {"offset": self.offset}
+            self.qann,
+            tensors,
+            (images, self.timesteps),
+            {"offset": self.offset, "observe": observe},
         )
         return outputs
 
