@@ -30,6 +30,7 @@ from snnconv.plan import make_plan
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import FakeQuantize, Layer
 from snnconv.train import Student, Training, TrainSettings
+from snnconv.train.student import _clipped
 
 RANDOM = Preprocessing(SIZE, (0.4, 0.5, 0.45), (0.25, 0.2, 0.3))
 
@@ -396,13 +397,13 @@ def test_gradient_of_the_upper_end_of_weights() -> None:
     plan = make_plan(traced)
     qann = fold(traced, plan)
     calibrate_(qann, [SMALL.normalize(noise(SMALL, 4))], 3)
-    student = Student(traced, plan, qann, SMALL, 3, weight_bits=3)
     layer = qann.weighted()[1]
     weight = layer.weights[0].detach().clone().requires_grad_()
     log = torch.zeros(len(weight), requires_grad=True)
-    worth = qann.weighted()[0].clip.view(1, -1, 1, 1)
+    clip = qann.weighted()[0].clip
+    worth = clip.view(1, -1, 1, 1)
     scale = (weight.detach() * worth).flatten(1).abs().amax(1) / 4
-    out = student._clipped(layer, 0, weight, log, scale, 3) * worth
+    out = _clipped(layer.branches[0], weight, clip, log, scale, 3) * worth
     by_log, by_weight = torch.autograd.grad(out.sum(), (log, weight))
     x = (weight.detach() * worth / scale.view(-1, 1, 1, 1)).numpy().astype(np.float64)
     error = np.where(np.abs(x) <= 3, np.round(np.clip(x, -3, 3)) - x, 3 * np.sign(x))

@@ -22,7 +22,7 @@ from snnconv.normalize import (
 )
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
-from snnconv.quant import Layer, Observer, Qann
+from snnconv.quant import Branch, Layer, Observer, Qann
 
 # Smallest upper end of weights of few bits, as a share of a row's largest weight.
 SMALLEST_WEIGHT_CLIP = 1e-3
@@ -161,6 +161,7 @@ class Student(nn.Module):
                     self.qann, self.preprocessing, self.timesteps, self.weight_bits, torch.float32
                 )
             )
+        values = spike_values(self.qann, self.preprocessing, torch.float32)
         clips = iter(self._clips())
         tensors: dict[str, Tensor] = {}
         for i, (layer, bits) in enumerate(self.layers):
@@ -168,7 +169,9 @@ class Student(nn.Module):
             for j, (weight, value) in enumerate(zip(weights, stored.weights, strict=True)):
                 if f"{i}_{j}" in self.log_shares:
                     log_share = self.log_shares[f"{i}_{j}"]
-                    weight = self._clipped(layer, j, weight, log_share, stored.scales[j], bits)
+                    branch = layer.branches[j]
+                    worth, scale = values[branch.source][0], stored.scales[j]
+                    weight = _clipped(branch, weight, worth, log_share, scale, bits)
                 tensors[f"layers.{i}.weights.{j}"] = _Through.apply(weight, value)
             tensors[f"layers.{i}.bias"] = _Through.apply(bias, stored.bias)
             if not layer.readout:
@@ -182,17 +185,18 @@ class Student(nn.Module):
         )
         return outputs
 
-    def _clipped(
-        self, layer: Layer, j: int, weight: Tensor, log_share: Tensor, scale: Tensor, bits: int
-    ) -> Tensor:
-        """Round weights of few bits so that their upper end gets a gradient (section 1).
 
-        `scale` is the one they are stored with, `[C]`; it moves as the upper end does.
-        """
-        branch, top = layer.branches[j], 2 ** (bits - 1) - 1
-        worth = spike_values(self.qann, self.preprocessing, torch.float32)[branch.source][0]
-        rows = times_inputs(branch, weight, worth)
-        moving = (scale * (log_share - log_share.detach()).exp()).view(-1, *[1] * (rows.ndim - 1))
-        inside = (rows / moving).clamp(-top, top)
-        inverse = torch.where(worth > 0, 1 / worth, 0.0)
-        return times_inputs(branch, _Through.apply(inside, inside.round()) * moving, inverse)
+def _clipped(
+    branch: Branch, weight: Tensor, worth: Tensor, log_share: Tensor, scale: Tensor, bits: int
+) -> Tensor:
+    """Round weights of few bits so that their upper end gets a gradient (section 1).
+
+    `worth` is that of the branch's source, `[C_in]`, `scale` the one the weights are stored with,
+    `[C]`; it moves as the upper end does.
+    """
+    top = 2 ** (bits - 1) - 1
+    rows = times_inputs(branch, weight, worth)
+    moving = (scale * (log_share - log_share.detach()).exp()).view(-1, *[1] * (rows.ndim - 1))
+    inside = (rows / moving).clamp(-top, top)
+    inverse = torch.where(worth > 0, 1 / worth, 0.0)
+    return times_inputs(branch, _Through.apply(inside, inside.round()) * moving, inverse)
