@@ -52,7 +52,8 @@ def integerize(
     `settings` are further fields of SpikingNetwork. Raises UsageError if bits or T are out of
     range or the QANN has not been calibrated.
     """
-    layers = _integer_layers(qann, preprocessing, timesteps, weight_bits)
+    values = spike_values(qann, preprocessing)
+    layers = _integer_layers(qann, values, timesteps, weight_bits)
     nodes: list[Node] = []
     for node in qann.nodes:
         if isinstance(node, Source):
@@ -92,7 +93,7 @@ def rounded(
     `W x >= theta_int` is `W x clip/theta_int >= clip`.
     """
     values = spike_values(qann, preprocessing, dtype)
-    integers = _integer_layers(qann, preprocessing, timesteps, weight_bits, dtype)
+    integers = _integer_layers(qann, values, timesteps, weight_bits)
     for layer, node in zip(qann.weighted(), integers, strict=True):
         if isinstance(node, Population):
             unit = node.clip / node.threshold
@@ -123,19 +124,17 @@ def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
 
 
 def _integer_layers(
-    qann: Qann,
-    preprocessing: Preprocessing,
-    timesteps: int,
-    weight_bits: int,
-    dtype: torch.dtype = torch.float64,
+    qann: Qann, values: dict[str, tuple[Tensor, Tensor]], timesteps: int, weight_bits: int
 ) -> Iterator[Population | Readout]:
-    """Yield the integers of every layer of a calibrated QANN, in order."""
+    """Yield the integers of every layer of a calibrated QANN, in order.
+
+    `values` are its `spike_values`; their number type is the one it computes in.
+    """
     check_timesteps(timesteps)
     if not 2 <= weight_bits <= 8:
         raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
     if any(not bool((layer.clip > 0).all()) for layer in qann.populations()):
         raise UsageError("the QANN has no clips yet: calibrate it first")
-    values = spike_values(qann, preprocessing, dtype)
     images = _image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)
