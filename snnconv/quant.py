@@ -30,8 +30,12 @@ def quantize(
     one half rounds half up, as a membrane that starts half full does.
     """
     step = clip / timesteps
-    low = -timesteps if two_sided else 0
-    return step * torch.floor(x / step + offset).clamp(low, timesteps)
+    return step * _levels(x / step, timesteps, two_sided, offset)
+
+
+def _levels(in_steps: Tensor, timesteps: int, two_sided: bool, offset: float) -> Tensor:
+    """Return the levels that values in steps of one level are rounded to."""
+    return (in_steps + offset).floor_().clamp_(-timesteps if two_sided else 0, timesteps)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -45,25 +49,24 @@ class FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, clip: Tensor, timesteps: int, two_sided: bool, offset: float
     ) -> Tensor:
-        """Quantise x `[N, C, ...]` with a clip per channel `[C]`."""
-        wide = per_channel(clip, x.ndim)
-        quantised = quantize(x, wide, timesteps, two_sided=two_sided, offset=offset)
-        ctx.save_for_backward(x, clip, quantised)
-        ctx.two_sided = two_sided
-        return quantised
+        """Quantise x `[N, C, ...]` with a clip per channel `[C]`, or one for all `[1]`."""
+        step = per_channel(clip, x.ndim) / timesteps
+        in_steps = x / step
+        levels = _levels(in_steps, timesteps, two_sided, offset)
+        ctx.save_for_backward(in_steps, levels)
+        ctx.timesteps, ctx.two_sided, ctx.channels = timesteps, two_sided, len(clip)
+        return step * levels
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the gradients of x and clip."""
-        x, clip, quantised = ctx.saved_tensors
-        wide = per_channel(clip, x.ndim)
-        low = -wide if ctx.two_sided else torch.zeros_like(wide)
-        clamped = torch.minimum(torch.maximum(x, low), wide)
-        over = (x >= wide).to(x) - (x <= -wide).to(x) if ctx.two_sided else (x >= wide).to(x)
-        axes = [i for i in range(x.ndim) if i != 1]
-        # Outside, quantised equals clamped, so that only `over` remains.
-        by_clip = (((quantised - clamped) / wide + over) * grad).sum(axes)
-        return grad * ((x > low) & (x < wide)), by_clip, None, None, None
+        in_steps, levels = ctx.saved_tensors
+        low = -ctx.timesteps if ctx.two_sided else 0
+        by_x = torch.ops.aten.hardtanh_backward(grad, in_steps, low, ctx.timesteps)
+        # Outside, `levels/T` is what remains of `(levels - x/s)/T`: the sign of the end reached.
+        by_clip = (grad * levels).addcmul_(by_x, in_steps, value=-1)
+        axes = [i for i in range(grad.ndim) if i != 1 or ctx.channels == 1]
+        return by_x, by_clip.sum(axes).view(-1) / ctx.timesteps, None, None, None
 
 
 @dataclass

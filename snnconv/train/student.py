@@ -135,19 +135,12 @@ class Student(nn.Module):
         with torch.no_grad():
             for (layer, _), (weights, bias) in zip(self.layers, folded, strict=True):
                 layer.assign_(weights, bias)
-            for layer, clip in zip(self.qann.populations(), self._clips(), strict=True):
-                layer.clip.copy_(clip)
+            for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
+                layer.clip.copy_(log.exp())
             for key, log in self.log_shares.items():
                 index, j = map(int, key.split("_"))
                 self.layers[index][0].clip_shares[j] = log.exp()
         return folded
-
-    def _clips(self) -> list[Tensor]:
-        """Return the clip of every population, `[C]`."""
-        return [
-            log.exp().expand(len(layer.clip))
-            for layer, log in zip(self.qann.populations(), self.log_clips, strict=True)
-        ]
 
     def forward(self, pixels: Tensor, observe: Observer | None = None) -> dict[str, Tensor]:
         """Return every readout for uint8 pixels `[N, C, H, W]`, as the integers would give it.
@@ -162,7 +155,7 @@ class Student(nn.Module):
                 )
             )
         values = spike_values(self.qann, self.preprocessing, torch.float32)
-        clips = iter(self._clips())
+        logs = iter(self.log_clips)
         tensors: dict[str, Tensor] = {}
         for i, (layer, bits) in enumerate(self.layers):
             (weights, bias), stored = folded[i], integers[i]
@@ -175,7 +168,7 @@ class Student(nn.Module):
                 tensors[f"layers.{i}.weights.{j}"] = _Through.apply(weight, value)
             tensors[f"layers.{i}.bias"] = _Through.apply(bias, stored.bias)
             if not layer.readout:
-                tensors[f"layers.{i}.clip"] = next(clips)
+                tensors[f"layers.{i}.clip"] = next(logs).exp()
         images = self.preprocessing.center(pixels)
         outputs: dict[str, Tensor] = functional_call(
             self.qann,
