@@ -337,26 +337,20 @@ def _measure_ann(
     progress: console.Progress,
 ) -> dict[str, Any] | None:
     """Return the ANN's accuracy, and on which images; None if it is no classifier."""
-    from snnconv.measure import is_classifier, top1_percent
+    from snnconv.measure import top1_percents
 
-    if not is_classifier(conversion.network):
+    if conversion.network.logits is None:
         return None
-
-    model, normalize = loaded.model.to(place), loaded.preprocessing.normalize
-    top1, measured = top1_percent(
-        lambda pixels: model(normalize(pixels)),
+    model, preprocessing = loaded.model.to(place), loaded.preprocessing
+    measured = top1_percents(
+        {"ann": lambda pixels: model(preprocessing.normalize(pixels))},
         test,
-        loaded.preprocessing,
+        preprocessing,
         chosen,
         device=place,
         progress=progress,
     )
-    return {
-        "top1_percent": top1,
-        "images": measured,
-        "split": test.split,
-        "data_sha256": test.sha256(chosen),
-    }
+    return {**measured["ann"], "split": test.split, "data_sha256": test.sha256(chosen)}
 
 
 def _measure_qann(
@@ -365,38 +359,27 @@ def _measure_qann(
     """Return the accuracies of a retrained network in float, as it was trained, and in integers."""
     from snnconv.engine import endpoint
     from snnconv.engine.linear import exact_arithmetic
-    from snnconv.measure import top1_percent
+    from snnconv.measure import top1_percents
     from snnconv.normalize import rounded_qann
 
     network = conversion.network
     (readout,) = network.readouts
     qann = rounded_qann(conversion.qann, network).to(place)
-    offset = 0.5 if network.initial_membrane == "half" else 0.0
 
     def in_float(pixels: torch.Tensor) -> torch.Tensor:
         with exact_arithmetic():
             images = network.preprocessing.center(pixels)
-            return qann(images, network.timesteps, offset=offset)[readout.name].flatten(1)
+            return qann(images, network.timesteps, offset=network.rounding_offset)[
+                readout.name
+            ].flatten(1)
 
     def in_integers(pixels: torch.Tensor) -> torch.Tensor:
         return endpoint(network, pixels, network.timesteps).logits(network, readout.name).flatten(1)
 
-    measured = {}
-    for key, stage, forward in (
-        ("qann_float", "float QANN", in_float),
-        ("qann", "quantised ANN", in_integers),
-    ):
-        top1, images = top1_percent(
-            forward,
-            test,
-            network.preprocessing,
-            chosen,
-            device=place,
-            stage=stage,
-            progress=progress,
-        )
-        measured[key] = {"top1_percent": top1, "images": images}
-    return measured
+    forwards = {"qann_float": in_float, "qann": in_integers}
+    return top1_percents(
+        forwards, test, network.preprocessing, chosen, device=place, progress=progress
+    )
 
 
 def _batches(data: ImageData, loaded: LoadedModel, indices: Any, progress: console.Progress) -> Any:

@@ -206,7 +206,7 @@ def _measure_ann(
 ) -> dict[str, Any]:
     """Measure the ANN on the same images, and its float QANN unless it was retrained since."""
     from snnconv.load import load_model
-    from snnconv.measure import top1_percent
+    from snnconv.measure import top1_percents
     from snnconv.pipeline import float_qann
 
     if not network.model:
@@ -220,30 +220,23 @@ def _measure_ann(
     if loaded.weights_sha256 != network.model["weights_sha256"]:
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
     model, normalize = loaded.model.to(device), network.preprocessing.normalize
-    offset = 0.5 if network.initial_membrane == "half" else 0.0
     (readout,) = network.readouts
-    forwards = [("ann", "ann", lambda pixels: model(normalize(pixels)))]
+    forwards = {"ann": lambda pixels: model(normalize(pixels))}
     if not network.provenance.get("retraining"):
         qann = float_qann(loaded.model, network).to(device)
 
         def quantised(pixels: Any) -> Any:
-            outputs = qann(normalize(pixels), timetable.timesteps, offset=offset)
+            outputs = qann(normalize(pixels), timetable.timesteps, offset=network.rounding_offset)
             return outputs[readout.name].flatten(1)
 
-        forwards.append(("qann_float", "float QANN", quantised))
-    measured = {}
-    for key, stage, forward in forwards:
-        top1, _ = top1_percent(
-            forward,
-            images,
-            network.preprocessing,
-            indices,
-            device=device,
-            stage=stage,
-            progress=progress,
-        )
-        measured[key] = {"top1_percent": top1, "source": "measured"}
-    return measured
+        forwards["qann_float"] = quantised
+    measured = top1_percents(
+        forwards, images, network.preprocessing, indices, device=device, progress=progress
+    )
+    return {
+        name: {"top1_percent": found["top1_percent"], "source": "measured"}
+        for name, found in measured.items()
+    }
 
 
 def _print(e: dict[str, Any]) -> None:

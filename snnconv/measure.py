@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from snnconv import __version__, distributed
 from snnconv.data import ImageData, check_labels, default_batch
 from snnconv.engine import DEFAULT, Endpoint, Trace, endpoint, simulate
 from snnconv.errors import UsageError
-from snnconv.network import SpikingNetwork
+from snnconv.network import Readout, SpikingNetwork
 from snnconv.preprocess import Preprocessing
 from snnconv.progress import Progress, silent
 from snnconv.schedule import Schedule
@@ -35,30 +35,32 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return max(0.0, scale * (center - spread)), min(100.0, scale * (center + spread))
 
 
-def top1_percent(
-    forward: Callable[[Tensor], Tensor],
+def top1_percents(
+    forwards: Mapping[str, Callable[[Tensor], Tensor]],
     data: ImageData,
     preprocessing: Preprocessing,
     indices: np.ndarray,
     *,
     device: str = "cpu",
-    stage: str = "ann",
     progress: Progress = silent,
-) -> tuple[float, int]:
-    """Return the top-1 accuracy in percent of `forward`, and the number of images it is of.
+) -> dict[str, dict[str, Any]]:
+    """Return, per name, the top-1 accuracy in percent and the number of images it is of.
 
-    `forward` maps pixels uint8 `[N, C, H, W]` to logits `[N, classes]`. Images that cannot be read
-    do not count. Processes of one job share the batches.
+    A value of `forwards` maps pixels uint8 `[N, C, H, W]` to logits `[N, classes]`. Images that
+    cannot be read do not count. Processes of one job share the batches.
     """
-    hits = done = 0
-    with torch.no_grad():
-        for pixels, labels in _shared_batches(data, preprocessing, indices):
-            logits = forward(pixels.to(device))
-            hits += int((logits.argmax(1).cpu() == labels).sum())
-            done += len(labels)
-            progress(stage, done * distributed.size(), len(indices))
-    hits, done = distributed.sum_over_ranks(torch.tensor([hits, done])).tolist()
-    return 100 * hits / max(done, 1), done
+    measured = {}
+    for name, forward in forwards.items():
+        hits = done = 0
+        with torch.no_grad():
+            for pixels, labels in _shared_batches(data, preprocessing, indices):
+                logits = forward(pixels.to(device))
+                hits += int((logits.argmax(1).cpu() == labels).sum())
+                done += len(labels)
+                progress(name.replace("_", " "), done * distributed.size(), len(indices))
+        hits, done = distributed.sum_over_ranks(torch.tensor([hits, done])).tolist()
+        measured[name] = {"top1_percent": 100 * hits / max(done, 1), "images": done}
+    return measured
 
 
 def _shared_batches(
@@ -153,7 +155,7 @@ def evaluate(
     keys `ann`, `qann_float` and `checkpoint` are left None for the caller, who knows them. Raises
     UsageError if the network is no classifier, DataError if the data do not fit it.
     """
-    readout = _classifier(network)
+    readout = _logits(network)
     check_labels(data, torch.Size(readout.shape).numel())
     tally = _Tally(network)
     seconds = 0.0
@@ -237,19 +239,12 @@ def evaluate(
     }
 
 
-def is_classifier(network: SpikingNetwork) -> bool:
-    """Return whether the network has one output, a flat vector of logits."""
-    shapes = [r.shape for r in network.readouts]
-    return len(shapes) == 1 and math.prod(shapes[0]) == max(shapes[0])
-
-
-def _classifier(network: SpikingNetwork) -> Any:
-    """Return the one readout of a classifier, with a flat vector of logits."""
-    readouts = network.readouts
-    if not is_classifier(network):
-        shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in readouts)
+def _logits(network: SpikingNetwork) -> Readout:
+    """Return a classifier's one output. Raises UsageError for other networks."""
+    if network.logits is None:
+        shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in network.readouts)
         raise UsageError(f"the network is no classifier: its outputs are {shapes}")
-    return readouts[0]
+    return network.logits
 
 
 def _layers(network: SpikingNetwork, tally: _Tally) -> list[dict[str, Any]]:

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnconv.neuron import rounding_offset
 from snnconv.ops import Pool, sum_pool
 from snnconv.plan import Key, Relay
 from snnconv.preprocess import Preprocessing
-from snnconv.quant import apply_weight, reads, relay
+from snnconv.quant import apply_weight, only_logits, reads, relay
 from snnconv.schedule import Schedule
 
 
@@ -121,10 +122,20 @@ class SpikingNetwork:
         """Return the named outputs."""
         return [n for n in self.nodes if isinstance(n, Readout)]
 
+    @property
+    def rounding_offset(self) -> float:
+        """Return V0/threshold, which the QANN adds before it rounds down."""
+        return rounding_offset(self.initial_membrane)
+
     @cached_property
     def depth(self) -> int:
         """Return the depth of the deepest readout: neuron layers on the longest path."""
         return max(r.depth for r in self.readouts)
+
+    @property
+    def logits(self) -> Readout | None:
+        """Return a classifier's one readout, a flat vector; None for other networks."""
+        return only_logits(self.readouts)
 
     @property
     def neurons(self) -> int:

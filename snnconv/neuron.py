@@ -22,6 +22,11 @@ def initial_membrane(threshold: Tensor, kind: str) -> Tensor:
     return threshold // 2 if kind == "half" else torch.zeros_like(threshold)
 
 
+def rounding_offset(kind: str) -> float:
+    """Return V0/theta: what a QANN adds before it rounds down, as `initial_membrane` does."""
+    return 0.5 if kind == "half" else 0.0
+
+
 def step(
     membrane: Tensor, counts: Tensor, threshold: Tensor, timesteps: int, low: int, signed: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,9 +8,10 @@ rounding of weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ from snnconv.ops import Pool, average_pool, convolve, max_pool, pad_border, per_
 from snnconv.plan import Key, Relay, Source
 
 Observer = Callable[["Layer", Tensor], None]
+
+
+class HasShape(Protocol):
+    """Anything with a shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The lengths of the axes."""
+
+
+Output = TypeVar("Output", bound=HasShape)
 
 
 def quantize(
@@ -160,6 +172,10 @@ class Qann(nn.Module):
         """Return all layers, populations and readouts, in topological order."""
         return [node for node in self.nodes if isinstance(node, Layer)]
 
+    def readouts(self) -> list[Layer]:
+        """Return the outputs, in topological order."""
+        return [layer for layer in self.weighted() if layer.readout]
+
     def populations(self) -> Iterator[Layer]:
         """Yield the layers that have neurons, in topological order."""
         yield from (layer for layer in self.weighted() if not layer.readout)
@@ -196,6 +212,13 @@ class Qann(nn.Module):
             for name in last_use.get(position, ()):
                 del values[name]
         return outputs
+
+
+def only_logits(readouts: Sequence[Output]) -> Output | None:
+    """Return a classifier's one output, a flat vector; None if the outputs are others."""
+    if len(readouts) != 1 or math.prod(readouts[0].shape) != max(readouts[0].shape):
+        return None
+    return readouts[0]
 
 
 def activate(layer: Layer, x: Tensor, timesteps: int | None, offset: float = 0.5) -> Tensor:

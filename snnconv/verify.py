@@ -536,7 +536,6 @@ def compare_float(
 ) -> FloatAgreement:
     """Compare the float QANN (what training sees) with the integer network on some images."""
     equal = total = 0
-    offset = 0.5 if network.initial_membrane == "half" else 0.0
 
     def observe(layer: Any, activation: Tensor) -> None:
         nonlocal equal, total
@@ -546,7 +545,10 @@ def compare_float(
 
     with torch.no_grad():
         outputs = qann(
-            network.preprocessing.normalize(pixels), timesteps, offset=offset, observe=observe
+            network.preprocessing.normalize(pixels),
+            timesteps,
+            offset=network.rounding_offset,
+            observe=observe,
         )
     same = [
         (outputs[name].flatten(1).argmax(1) == charges[name].flatten(1).argmax(1)).double().mean()

@@ -11,7 +11,7 @@ from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import DataError, UsageError
-from snnconv.measure import evaluate, top1_percent, wilson_interval
+from snnconv.measure import evaluate, top1_percents, wilson_interval
 
 COUNT = 24
 
@@ -115,6 +115,6 @@ def test_interval_and_top1() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return torch.eye(5)[torch.zeros(len(x), dtype=torch.int64)]
 
-    share, count = top1_percent(forward, data(labels), PREPROCESSING, np.arange(COUNT))
-    assert count == COUNT
-    assert share == pytest.approx(100 * float((labels == 0).mean()))
+    found = top1_percents({"zero": forward}, data(labels), PREPROCESSING, np.arange(COUNT))["zero"]
+    assert found["images"] == COUNT
+    assert found["top1_percent"] == pytest.approx(100 * float((labels == 0).mean()))

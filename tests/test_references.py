@@ -11,7 +11,7 @@ import pytest
 
 from snnconv.data import open_data
 from snnconv.load import load_model
-from snnconv.measure import top1_percent
+from snnconv.measure import top1_percents
 from snnconv.recipe import read_recipe
 
 
@@ -26,11 +26,10 @@ def accuracy(checkpoint: Path, recipe: str, data: str) -> float:
     test = open_data(data, "test", calibration_images=0)
     indices = np.arange(len(test))
     normalize = loaded.preprocessing.normalize
-    found, images = top1_percent(
-        lambda pixels: loaded.model(normalize(pixels)), test, loaded.preprocessing, indices
-    )
-    assert images == len(test)
-    return found
+    forwards = {"ann": lambda pixels: loaded.model(normalize(pixels))}
+    found = top1_percents(forwards, test, loaded.preprocessing, indices)["ann"]
+    assert found["images"] == len(test)
+    return float(found["top1_percent"])
 
 
 @pytest.mark.data

@@ -21,7 +21,7 @@ retrain() { # NAME SOURCE DATA_SET RECIPE
   [[ $1 =~ $pattern ]] || return 0
   local file=$work/$1.snn.safetensors resume=
   [[ ! -e $work/$1.train.pt ]] || resume=--resume
-  [[ -e $file ]] || snnconv convert "$checkpoints/$2" --data "$data/$3" --recipe "$4" -o "$file" $resume
+  [[ -e $file ]] || snnconv convert "$checkpoints/$2" --data "$data/$3" --recipe "$4" --workers 1 -o "$file" $resume
   cp "$work/$1.convert.json" .
   cp "$file" ../checkpoints/
   for schedule in drain paper; do

@@ -64,7 +64,6 @@ def retrain(
     settings = settings or TrainSettings()
     if settings.stages and calibration == "bn":
         raise UsageError("training: stages need images to calibrate on, not --calibration bn")
-    offset = 0.5 if initial_membrane == "half" else 0.0
-    student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, offset)
+    student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)
     training = Training(student, teacher, data, settings, recalibrate=recalibrate, **options)
     return training.run(resume)

@@ -28,7 +28,7 @@ from snnconv.graph import flatten_outputs
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize
 from snnconv.progress import Progress, silent
-from snnconv.quant import Qann
+from snnconv.quant import Qann, only_logits
 from snnconv.train.settings import TrainSettings
 from snnconv.train.student import Student
 
@@ -333,7 +333,7 @@ class Training:
             self.preprocessing,
             self.student.timesteps,
             weight_bits=self.student.weight_bits,
-            initial_membrane="half" if self.student.offset else "zero",
+            initial_membrane=self.student.initial_membrane,
         )
 
     def _finish_epoch(self, lr: float) -> None:
@@ -466,13 +466,13 @@ class _Clock:
 
 def _classifier(qann: Qann) -> str:
     """Name the one output of a classifier. Raises UsageError for other networks."""
-    readouts = [layer for layer in qann.weighted() if layer.readout]
-    if len(readouts) != 1 or math.prod(readouts[0].shape) != max(readouts[0].shape):
-        shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in readouts)
+    logits = only_logits(qann.readouts())
+    if logits is None:
+        shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in qann.readouts())
         raise UsageError(
             f"only classifiers can be retrained, and the outputs are {shapes}; take --epochs 0"
         )
-    return readouts[0].name
+    return logits.name
 
 
 def _groups(student: Student, settings: TrainSettings) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from snnconv.calibrate import SMALLEST_SHARE
 from snnconv.folding import Folder
 from snnconv.graph import Traced
+from snnconv.neuron import rounding_offset
 from snnconv.normalize import (
     LEARNT_BELOW_BITS,
     layer_bits,
@@ -57,16 +58,16 @@ class Student(nn.Module):
         preprocessing: Preprocessing,
         timesteps: int,
         weight_bits: int = 8,
-        offset: float = 0.5,
+        initial_membrane: str = "half",
     ) -> None:
         """Start from a traced network, its plan, and its QANN with calibrated clips.
 
-        Clips that are alike in a layer stay one parameter. `offset` is V0/threshold.
+        Clips that are alike in a layer stay one parameter.
         """
         super().__init__()
         self.network = traced.module.requires_grad_(True)
-        self.preprocessing, self.timesteps, self.offset = preprocessing, timesteps, offset
-        self.weight_bits = weight_bits
+        self.preprocessing, self.timesteps = preprocessing, timesteps
+        self.weight_bits, self.initial_membrane = weight_bits, initial_membrane
         self.folders = {
             dtype: Folder(traced, plan, dtype) for dtype in (torch.float32, torch.float64)
         }
@@ -174,7 +175,7 @@ class Student(nn.Module):
             self.qann,
             tensors,
             (images, self.timesteps),
-            {"offset": self.offset, "observe": observe},
+            {"offset": rounding_offset(self.initial_membrane), "observe": observe},
         )
         return outputs
 
