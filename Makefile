@@ -2,15 +2,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+KERNELS := $(wildcard snnconv/engine/kernels/*.cpp snnconv/engine/kernels/*.h snnconv/engine/kernels/*.inl)
+SANITIZED := build/sanitized/kernels.so
+CXX ?= g++
 DEMO := demo/digits_resnet.snn.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format docs clean
+.PHONY: help demo test check check-native format docs clean
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg pyproject.toml setup.py $(KERNELS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: snnconv needs Python 3.11 or newer; run make PYTHON=python3.11 (or newer)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,14 +31,26 @@ test: $(STAMP) ## run the default tests
 check: $(STAMP) ## check format, lint, types, generated docs, then test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_results.py --check
 	$(MAKE) test
 
+$(SANITIZED): $(KERNELS)
+	mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -fPIC -shared -pthread -fsanitize=address,undefined \
+	  -fno-sanitize-recover=all $(filter %.cpp,$^) -o $@
+
+check-native: $(STAMP) $(SANITIZED) ## run the native code under AddressSanitizer and UBSan
+	SNNCONV_KERNELS=$(CURDIR)/$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  $(BIN)/python -m pytest -q tests/test_native.py
+
 format: $(STAMP) ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(KERNELS)
 
 docs: $(STAMP) ## write docs/cli.md, RESULTS.md and README's table anew
 	$(BIN)/python docs/generate_cli.py

@@ -357,13 +357,14 @@ def _measure_qann(
     conversion: Conversion, test: ImageData, chosen: Any, place: str, progress: console.Progress
 ) -> dict[str, Any]:
     """Return the accuracies of a retrained network in float, as it was trained, and in integers."""
-    from snnconv.engine import endpoint
+    from snnconv.engine import prepare
     from snnconv.engine.linear import exact_arithmetic
     from snnconv.measure import top1_percents
     from snnconv.normalize import rounded_qann
 
     network = conversion.network
     (readout,) = network.readouts
+    runner = prepare(network, network.timesteps, device=place)
     qann = rounded_qann(conversion.qann, network).to(place)
 
     def in_float(pixels: torch.Tensor) -> torch.Tensor:
@@ -374,7 +375,7 @@ def _measure_qann(
             ].flatten(1)
 
     def in_integers(pixels: torch.Tensor) -> torch.Tensor:
-        return endpoint(network, pixels, network.timesteps).logits(network, readout.name).flatten(1)
+        return runner.endpoint(pixels).logits(network, readout.name).flatten(1)
 
     forwards = {"qann_float": in_float, "qann": in_integers}
     return top1_percents(

@@ -31,6 +31,7 @@ def command(as_json: bool, verbose: bool, quiet: bool) -> None:
     rows += [("platform", found["platform"]), ("cpu", found["cpu"]), ("cores", found["cores"])]
     rows.append(("torch threads", found["threads"] or "unknown"))
     names = [f"{a['device']}: {a['name']}" for a in found["accelerators"]]
+    rows.append(("engine", _engine_text(found["engine"])))
     rows.append(("accelerators", ", ".join(names) or "none"))
     rows += [(f"{p['package']} fails", p["error"]) for p in found["problems"]]
     console.print_table(None, ["what", "here"], rows)
@@ -54,9 +55,29 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": _cores(),
         "threads": threads,
+        "engine": _engine(),
         "accelerators": accelerators,
         "problems": problems,
     }
+
+
+def _engine() -> dict[str, Any]:
+    """Return the engine in use on the CPU, its instructions, and why it is not the native one."""
+    try:
+        from snnconv.engine import kernels, native
+
+        reason = native.unavailable()
+        if reason is None:
+            return {"name": "native", "instructions": kernels.levels()[-1], "reason": None}
+    except Exception as error:
+        reason = _explain(error)
+    return {"name": "counts", "instructions": None, "reason": reason}
+
+
+def _engine_text(engine: dict[str, Any]) -> str:
+    if engine["reason"] is None:
+        return f"{engine['name']}, {engine['instructions']}"
+    return f"{engine['name']}: {engine['reason']}"
 
 
 def _explain(error: Exception) -> str:

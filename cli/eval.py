@@ -66,10 +66,10 @@ SHOWN_STEPS = 12
 )
 @click.option(
     "--engine",
-    type=click.Choice(["counts", "reference"]),
-    default="counts",
+    type=click.Choice(["auto", "native", "counts", "reference", "endpoint"]),
+    default="auto",
     show_default=True,
-    help="How to simulate; the results are the same.",
+    help="How to simulate; the results are the same. endpoint computes the final accuracy alone.",
 )
 @options.output_option("Report (JSON).  [default: NAME.SETTINGS.eval.json beside the checkpoint]")
 @options.force_option
@@ -241,7 +241,6 @@ def _measure_ann(
 
 def _print(e: dict[str, Any]) -> None:
     low, high = e["snn"]["interval95_percent"]
-    drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
     some = f"{e['images']} {e['split']} images" + (" (a part of them)" if e["partial"] else "")
     rows = []
     if e["ann"] is not None:
@@ -252,6 +251,25 @@ def _print(e: dict[str, Any]) -> None:
     rows += [
         ("quantised ANN top-1", f"{e['qann']['top1_percent']:.2f} %"),
         ("SNN top-1", f"{e['snn']['top1_percent']:.2f} % ({low:.2f} to {high:.2f} at 95 %)"),
+    ]
+    if e["by_step"] is not None:
+        rows += _course(e)
+    rows.append(
+        ("time", f"{e['wall_ms_per_image']:.1f} ms per image, {e['engine']}, {e['device']}")
+    )
+    title = f"{e['model']}, T {e['timesteps']}, {e['schedule']}, {e['neuron']}: {some}"
+    console.print_table(title, ["", "measured"], rows)
+    if e["by_step"] is not None:
+        steps = _thinned(e["by_step"])
+        reached = ["–" if s["top1_percent"] is None else f"{s['top1_percent']:.2f}" for s in steps]
+        columns = ["step", *(str(s["step"]) for s in steps)]
+        console.print_table(None, columns, [("top-1 %", *reached)])
+
+
+def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of what the simulation told."""
+    drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
+    return [
         (
             "agreement",
             f"{agreement['argmax_percent']:.2f} % of arg-maxes, "
@@ -268,13 +286,7 @@ def _print(e: dict[str, Any]) -> None:
             f"{spikes['per_neuron']:.3f} per neuron, {spikes['negative_percent']:.1f} % negative, "
             f"{spikes['over_minimum']:.2f}x the minimum",
         ),
-        ("time", f"{e['wall_ms_per_image']:.1f} ms per image, {e['engine']}, {e['device']}"),
     ]
-    title = f"{e['model']}, T {e['timesteps']}, {e['schedule']}, {e['neuron']}: {some}"
-    console.print_table(title, ["", "measured"], rows)
-    steps = _thinned(e["by_step"])
-    accuracy = ["–" if s["top1_percent"] is None else f"{s['top1_percent']:.2f}" for s in steps]
-    console.print_table(None, ["step", *(str(s["step"]) for s in steps)], [("top-1 %", *accuracy)])
 
 
 def _thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

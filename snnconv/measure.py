@@ -14,7 +14,7 @@ from torch import Tensor
 
 from snnconv import __version__, distributed
 from snnconv.data import ImageData, check_labels, default_batch
-from snnconv.engine import DEFAULT, Endpoint, Trace, endpoint, simulate
+from snnconv.engine import DEFAULT, ENDPOINT, Endpoint, Trace, prepare
 from snnconv.errors import UsageError
 from snnconv.network import Readout, SpikingNetwork
 from snnconv.preprocess import Preprocessing
@@ -23,6 +23,16 @@ from snnconv.schedule import Schedule
 
 BATCH = 256
 BATCH_NEURONS = 2**26
+# What an evaluation has from a simulation alone.
+COURSE = (
+    "latency_steps",
+    "latency_steps_clocked",
+    "drain_steps",
+    "agreement",
+    "by_step",
+    "spikes",
+    "layers",
+)
 
 
 def wilson_interval(hits: int, total: int) -> tuple[float, float]:
@@ -91,7 +101,14 @@ class _Tally:
     spikes: dict[str, Tensor] = field(default_factory=dict)
     minimum: dict[str, int] = field(default_factory=dict)
 
-    def add(self, course: Trace, end: Endpoint, labels: Tensor, readout: str) -> None:
+    def add(self, course: Trace | None, end: Endpoint, labels: Tensor, readout: str) -> None:
+        """Add a batch; without a course it ends where exact schedules do."""
+        settled = end.logits(self.network, readout).flatten(1).argmax(1).cpu()
+        self.images += len(labels)
+        self.end_hits += int((settled == labels).sum())
+        if course is None:
+            self.hits = self.end_hits
+            return
         logits = course.logits(self.network, readout)
         chosen = logits.flatten(2).argmax(2).cpu()
         defined = ~logits.isnan().flatten(1).any(1).cpu()
@@ -100,10 +117,7 @@ class _Tally:
             [int(h) if known else None for h, known in zip(hits, defined, strict=True)]
         )
         final = chosen[-1]
-        settled = end.logits(self.network, readout).flatten(1).argmax(1).cpu()
-        self.images += len(labels)
         self.hits += int(hits[-1])
-        self.end_hits += int((settled == labels).sum())
         self.same_argmax += int((final == settled).sum())
         self.drains.append(course.drain_steps.cpu())
         for p in self.network.populations:
@@ -151,11 +165,22 @@ def evaluate(
     """Simulate the images at `indices`, and return an evaluation as plain JSON values.
 
     Processes of one job share the batches and return the same numbers as one process would.
-    The quantised ANN (`qann`) is the network's own end point, computed beside the simulation. The
-    keys `ann`, `qann_float` and `checkpoint` are left None for the caller, who knows them. Raises
-    UsageError if the network is no classifier, DataError if the data do not fit it.
+    The quantised ANN (`qann`) is the network's own end point, computed beside the simulation. With
+    the engine `endpoint` nothing is simulated, and what only a simulation tells is None. The keys
+    `ann`, `qann_float` and `checkpoint` are left None for the caller, who knows them. Raises
+    UsageError if the network is no classifier or does not end at its end point under the schedule,
+    DataError if the data do not fit it.
     """
     readout = _logits(network)
+    simulated = engine != ENDPOINT
+    if not simulated and not (
+        schedule.exact and (network.neuron == "signed" or schedule.name == "wait")
+    ):
+        raise UsageError(
+            f"{network.neuron} neurons under {schedule.name!r} do not end at the end point; take "
+            "another --engine, or a schedule that is exact"
+        )
+    runner = prepare(network, schedule.timesteps, engine if simulated else DEFAULT, device)
     check_labels(data, torch.Size(readout.shape).numel())
     tally = _Tally(network)
     seconds = 0.0
@@ -163,10 +188,15 @@ def evaluate(
     for pixels, labels in _shared_batches(data, network.preprocessing, indices, batch):
         pixels = pixels.to(device)
         start = time.perf_counter()
-        course = simulate(network, pixels, schedule, engine)
+        course = runner.simulate(pixels, schedule) if simulated else None
+        end = runner.endpoint(pixels) if course is None else None
         seconds += time.perf_counter() - start
-        tally.add(course, endpoint(network, pixels, schedule.timesteps), labels, readout.name)
-        progress("simulate", tally.images * distributed.size(), len(indices))
+        tally.add(course, end or runner.endpoint(pixels), labels, readout.name)
+        progress(
+            "simulate" if simulated else "end point",
+            tally.images * distributed.size(),
+            len(indices),
+        )
     parts = distributed.gather({k: v for k, v in vars(tally).items() if k != "network"})
     seconds = max(distributed.gather(seconds))
     for names in distributed.gather(data.unreadable):
@@ -174,14 +204,6 @@ def evaluate(
     tally = _Tally(network)
     for part in parts:
         tally.absorb(part)
-    drains = torch.cat(tally.drains).numpy()
-    worst = int(drains.max())
-    latency = (
-        schedule.longest if schedule.drain is not None else schedule.steps_before_drain + worst
-    )
-    per_neuron = network.neurons * tally.images
-    positive, negative = (sum(int(s[k]) for s in tally.spikes.values()) for k in (0, 1))
-    equal = sum(tally.equal.values())
     return {
         "schema": "snnconv.evaluation/1",
         "version": __version__,
@@ -204,19 +226,39 @@ def evaluate(
         "neuron": network.neuron,
         "initial_membrane": network.initial_membrane,
         "weight_bits": network.weight_bits,
-        "latency_steps": latency,
-        "latency_steps_clocked": latency + network.depth,
-        "drain_steps": {
-            "max": worst,
-            "mean": float(drains.mean()),
-            "p99": int(np.percentile(drains, 99, method="higher")),
-        },
         "ann": None,
         "qann": {"top1_percent": 100 * tally.end_hits / tally.images},
         "qann_float": None,
         "snn": {
             "top1_percent": 100 * tally.hits / tally.images,
             "interval95_percent": list(wilson_interval(tally.hits, tally.images)),
+        },
+        **(_course(network, schedule, tally) if simulated else dict.fromkeys(COURSE)),
+        "wall_ms_per_image": 1000 * seconds / tally.images,
+        "engine": runner.name if simulated else ENDPOINT,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[str, Any]:
+    """Return what the simulations told: latency, agreement, accuracy by step, spikes."""
+    drains = torch.cat(tally.drains).numpy()
+    worst = int(drains.max())
+    latency = (
+        schedule.longest if schedule.drain is not None else schedule.steps_before_drain + worst
+    )
+    per_neuron = network.neurons * tally.images
+    positive, negative = (sum(int(s[k]) for s in tally.spikes.values()) for k in (0, 1))
+    equal = sum(tally.equal.values())
+    return {
+        "latency_steps": latency,
+        "latency_steps_clocked": latency + network.depth,
+        "drain_steps": {
+            "max": worst,
+            "mean": float(drains.mean()),
+            "p99": int(np.percentile(drains, 99, method="higher")),
         },
         "agreement": {
             "argmax_percent": 100 * tally.same_argmax / tally.images,
@@ -231,11 +273,6 @@ def evaluate(
             "over_minimum": (positive + negative) / max(sum(tally.minimum.values()), 1),
         },
         "layers": _layers(network, tally),
-        "wall_ms_per_image": 1000 * seconds / tally.images,
-        "engine": engine,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "seed": seed,
     }
 
 

@@ -23,6 +23,8 @@ def test_json_describes_this_machine(capsys: pytest.CaptureFixture[str]) -> None
     assert all(found["packages"].values())
     assert found["cores"] >= 1
     assert found["threads"] >= 1
+    assert found["engine"]["name"] in ("native", "counts")
+    assert (found["engine"]["reason"] is None) == (found["engine"]["name"] == "native")
 
 
 def test_table_names_every_package(capsys: pytest.CaptureFixture[str]) -> None:

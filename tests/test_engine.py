@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import NETWORKS, converted, images
 
-from snnconv.engine import Trace, counts, endpoint, simulate
+from snnconv.engine import Trace, counts, endpoint, native, simulate
 from snnconv.engine.linear import exact_dtype
 from snnconv.errors import SnnconvError, UsageError
 from snnconv.network import SpikingNetwork
@@ -109,7 +109,7 @@ def test_paper_at_t_equals_a_run_with_fewer_steps() -> None:
     assert torch.equal(long.charges["logits"][3], short.charges["logits"][3])
 
 
-@pytest.mark.parametrize("engine", ["counts", "reference"])
+@pytest.mark.parametrize("engine", ["auto", "counts", "reference"])
 def test_an_image_does_not_depend_on_its_batch(engine: str) -> None:
     net = network("residual", 1)
     pixels = images(6)
@@ -124,10 +124,12 @@ def test_an_image_does_not_depend_on_its_batch(engine: str) -> None:
 
 def test_the_size_of_chunks_and_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network("pools", 1)
-    whole = simulate(net, images(5), net.timetable(9))
+    whole = simulate(net, images(5), net.timetable(9), "reference")
     monkeypatch.setattr(counts, "BLOCK_STEPS", 2)
     monkeypatch.setattr(counts, "BLOCK_NUMBERS", 1)
-    assert not differences(whole, simulate(net, images(5), net.timetable(9)))
+    monkeypatch.setattr(native, "PASS_BYTES", 1)
+    for engine in ("auto", "counts"):
+        assert not differences(whole, simulate(net, images(5), net.timetable(9), engine))
 
 
 def test_a_planted_mistake_is_noticed() -> None:

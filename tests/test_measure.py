@@ -11,7 +11,7 @@ from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import DataError, UsageError
-from snnconv.measure import evaluate, top1_percents, wilson_interval
+from snnconv.measure import COURSE, evaluate, top1_percents, wilson_interval
 
 COUNT = 24
 
@@ -43,6 +43,25 @@ def test_accuracy_counts_what_the_simulation_says() -> None:
     assert found["by_step"][-1]["top1_percent"] == 75
     assert found["latency_steps"] == 5 + found["drain_steps"]["max"]
     assert len(found["by_step"]) == found["latency_steps"]
+
+
+def test_the_end_point_alone_gives_the_same_accuracy() -> None:
+    network, labels = converted("residual").network, settled_labels()
+    labels[:6] = (labels[:6] + 1) % 5
+    whole, end = (
+        evaluate(network, data(labels), np.arange(COUNT), network.timetable(), engine=engine)
+        for engine in ("reference", "endpoint")
+    )
+    assert whole.keys() == end.keys()
+    told = {key for key in whole if whole[key] is not None and end[key] is None}
+    assert told == set(COURSE)
+    assert end["snn"] == whole["snn"]
+    assert end["engine"] == "endpoint"
+    with pytest.raises(UsageError, match="signed neurons under 'paper' do not end"):
+        evaluate(
+            network, data(labels), np.arange(COUNT), network.timetable(name="paper"),
+            engine="endpoint",
+        )  # fmt: skip
 
 
 def test_every_step_is_the_accuracy_of_that_step() -> None:

@@ -58,6 +58,7 @@ def examine(seed: int, folder: Path) -> None:
             net = with_settings(network, neuron=neuron)
             timetable = net.timetable(name=name, stagger=draw.choice([1, 2]))
             fast = simulate(net, pixels, timetable, "counts")
+            assert not differences(fast, simulate(net, pixels, timetable))
             assert not differences(fast, simulate(net, pixels, timetable, "reference"))
             if name == "wait" or (neuron == "signed" and name != "paper"):
                 for population in net.populations:

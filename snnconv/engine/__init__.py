@@ -1,29 +1,74 @@
 """Run a spiking network: one interface, several engines, the same bits.
 
-`reference` is the neuron's equations step by step in int64; `counts` goes layer by layer. The
-end point of every exact schedule needs no time at all: `endpoint`.
+`reference` is the neuron's equations step by step in int64; `counts` goes layer by layer with
+torch, on any device; `native` is `counts` in C++ for CPUs. `auto` takes the fastest that can run
+the network here. The end point of every exact schedule needs no time at all: `endpoint`, which
+measurements take for an engine, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from snnconv.engine import counts, reference
-from snnconv.engine.counts import endpoint
+from snnconv.engine import counts, native, reference
 from snnconv.engine.trace import Endpoint, Trace, check_size
 from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.schedule import Schedule
 
-__all__ = ["DEFAULT", "ENGINES", "Endpoint", "Trace", "endpoint", "simulate"]
+__all__ = [
+    "DEFAULT",
+    "ENDPOINT",
+    "ENGINES",
+    "Endpoint",
+    "Engine",
+    "Trace",
+    "endpoint",
+    "prepare",
+    "simulate",
+]
 
-ENGINES: dict[str, Callable[[SpikingNetwork, Tensor, Schedule], Trace]] = {
-    "counts": counts.run,
-    "reference": reference.run,
-}
-DEFAULT = "counts"
+ENGINES = ("auto", "native", "counts", "reference")
+ENDPOINT = "endpoint"
+DEFAULT = "auto"
+
+
+class Engine(Protocol):
+    """A network ready to run at one T."""
+
+    name: str
+
+    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
+        """Simulate uint8 images `[N, C, H, W]` under a schedule of this T and depth."""
+
+    def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
+        """Compute where every exact schedule ends, with `maps` for poolings and the like too."""
+
+
+def prepare(
+    network: SpikingNetwork,
+    timesteps: int,
+    engine: str = DEFAULT,
+    device: torch.device | str = "cpu",
+) -> Engine:
+    """Make an engine ready, for as many batches as there are.
+
+    Raises UsageError for an unknown engine, or one that cannot run this network here.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    if engine == "auto":
+        refused = native.refusal(network, timesteps, device)
+        engine = "native" if refused is None else "counts"
+    if engine == "native":
+        if (refused := native.refusal(network, timesteps, device)) is not None:
+            raise UsageError(f"{refused}; take --engine counts")
+        return native.Engine(network, timesteps)
+    kind = reference.Engine if engine == "reference" else counts.Engine
+    return kind(network, timesteps, device)
 
 
 def simulate(
@@ -34,11 +79,26 @@ def simulate(
     Raises UsageError for an unknown engine, a schedule of another depth, or images of another
     size than the network's.
     """
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if schedule.depth != network.depth:
         raise UsageError(
             f"the schedule is for depth {schedule.depth}, the network has {network.depth}"
         )
     check_size(network, pixels)
-    return ENGINES[engine](network, pixels, schedule)
+    return prepare(network, schedule.timesteps, engine, pixels.device).simulate(pixels, schedule)
+
+
+def endpoint(
+    network: SpikingNetwork,
+    pixels: Tensor,
+    timesteps: int,
+    *,
+    maps: bool = False,
+    engine: str = DEFAULT,
+) -> Endpoint:
+    """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
+
+    `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the like
+    are kept beside the neurons'. Raises UsageError for images of another size than the network's.
+    """
+    check_size(network, pixels)
+    return prepare(network, timesteps, engine, pixels.device).endpoint(pixels, maps=maps)

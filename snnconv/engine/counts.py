@@ -14,13 +14,13 @@ still read, and one plane per population, whatever T.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
-from snnconv.engine.trace import Endpoint, Trace, check_size
+from snnconv.engine.trace import Endpoint, Trace
 from snnconv.network import Image, Population, Readout, SpikingNetwork, count_dtype
 from snnconv.neuron import initial_membrane
 from snnconv.ops import per_channel
@@ -34,91 +34,119 @@ BLOCK_STEPS = 8
 BLOCK_NUMBERS = 2**22
 
 
-def run(network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> Trace:
-    """Simulate uint8 images `[N, C, H, W]` under a schedule."""
-    prepared = _prepare(network, schedule.timesteps, pixels.device)
-    size = _chunk(network, min(BLOCK_STEPS, schedule.timesteps))
-    with exact_arithmetic():
-        parts = [_Simulation(prepared, part, schedule).run() for part in pixels.split(size)]
-    return _join(parts, schedule)
+class Engine:
+    """The counts engine for one network at one T, on any device.
 
-
-def endpoint(
-    network: SpikingNetwork, pixels: Tensor, timesteps: int, *, maps: bool = False
-) -> Endpoint:
-    """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
-
-    `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the like
-    are kept beside the neurons'. Raises UsageError for images of another size than the network's.
+    Parts of it are made anew by `snnconv.engine.native`: what a node's value is, how maps and
+    populations are computed, how many images are worked on at once.
     """
-    check_size(network, pixels)
-    prepared = _prepare(network, timesteps, pixels.device)
-    with exact_arithmetic():
-        parts = [_end(prepared, x, timesteps, maps) for x in pixels.split(_chunk(network, 1))]
-    first = parts[0]
-    return Endpoint(
-        timesteps,
-        {name: torch.cat([p.counts[name] for p in parts]) for name in first.counts},
-        {name: torch.cat([p.charges[name] for p in parts]) for name in first.charges},
-    )
 
+    name = "counts"
 
-def _end(prepared: _Prepared, pixels: Tensor, timesteps: int, maps: bool) -> Endpoint:
-    network = prepared.network
-    values: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
-    charges: dict[str, Tensor] = {}
-    for position, node in enumerate(network.nodes):
-        if isinstance(node, Image):
-            values[node.name] = timesteps * _centered(node, pixels)
-        elif isinstance(node, Relay):
-            values[node.name] = _relay(node, values, prepared.limits)
-            if maps:
-                counts[node.name] = values[node.name][0]
-        else:
-            charge = prepared.charges[node.name]
-            total = sum(charge.current(i, values[b.source]) for i, b in enumerate(node.branches))
-            assert isinstance(total, Tensor)
-            total = total + charge.bias_charge(torch.tensor([timesteps]), total.ndim)
-            if isinstance(node, Readout):
-                charges[node.name] = total[0].long().view(len(pixels), *node.shape)
+    def __init__(
+        self, network: SpikingNetwork, timesteps: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """Convert the weights once."""
+        self.network, self.timesteps = network, timesteps
+        self.device = torch.device(device)
+        self.limits = network.count_limits(timesteps)
+        self.charges = {
+            n.name: Charge(n, self.limits, timesteps, self.device)
+            for n in network.nodes
+            if isinstance(n, (Population, Readout))
+        }
+        self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
+        self.last_use = last_uses(list(network.nodes))
+
+    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
+        """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
+        size = self.images_at_once(min(BLOCK_STEPS, self.timesteps))
+        with exact_arithmetic():
+            return _join([self.simulation(x, schedule).run() for x in pixels.split(size)])
+
+    def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
+        """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
+
+        `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the
+        like are kept beside the neurons'.
+        """
+        with exact_arithmetic():
+            parts = [self._end(x, maps) for x in pixels.split(self.images_at_once(1))]
+        first = parts[0]
+        return Endpoint(
+            self.timesteps,
+            {name: torch.cat([p.counts[name] for p in parts]) for name in first.counts},
+            {name: torch.cat([p.charges[name] for p in parts]) for name in first.charges},
+        )
+
+    def _end(self, pixels: Tensor, maps: bool) -> Endpoint:
+        self.begin(1, len(pixels))
+        values: dict[str, Any] = {}
+        counts: dict[str, Tensor] = {}
+        charges: dict[str, Tensor] = {}
+        for position, node in enumerate(self.network.nodes):
+            if isinstance(node, Image):
+                values[node.name] = self.timesteps * centered(node, pixels)
+            elif isinstance(node, Readout):
+                charge = self.end_charge(node, values)
+                charges[node.name] = charge[0].long().view(len(pixels), *node.shape)
             else:
-                low = prepared.limits[node.name][0]
-                settled = _settled(node, total, network.initial_membrane, low, timesteps)
-                counts[node.name] = settled[0].to(count_dtype(low, timesteps))
-                values[node.name] = settled
-        for name in prepared.last_use.get(position, ()):
-            del values[name]
-    return Endpoint(timesteps, counts, charges)
+                if isinstance(node, Relay):
+                    values[node.name] = self.map(node, [values[name] for name in node.inputs])
+                else:
+                    values[node.name] = self.settle(node, values)
+                if maps or isinstance(node, Population):
+                    dtype = count_dtype(*self.limits[node.name])
+                    counts[node.name] = self.counts(values[node.name])[0].to(dtype)
+            for name in self.last_use.get(position, ()):
+                del values[name]
+        return Endpoint(self.timesteps, counts, charges)
+
+    def end_charge(self, node: Population | Readout, values: dict[str, Any]) -> Tensor:
+        """Return what has arrived in the end, `[1, N, C, ...]`."""
+        charge = self.charges[node.name]
+        currents = [
+            charge.current(i, self.counts(values[synapse.source]))
+            for i, synapse in enumerate(node.branches)
+        ]
+        total = sum(currents[1:], currents[0])
+        return total + charge.bias_charge(torch.tensor([self.timesteps]), total.ndim)
+
+    def settle(self, node: Population, values: dict[str, Any]) -> Any:
+        """Return the counts a population ends at."""
+        low, high = self.limits[node.name]
+        return _settled(
+            node, self.end_charge(node, values), self.network.initial_membrane, low, high
+        )
+
+    def begin(self, steps: int, images: int) -> None:
+        """Get ready for blocks of so many steps, or an end point, of so many images."""
+
+    def map(self, node: Relay, inputs: list[Any]) -> Any:
+        """Apply a map that is exact on counts, to values of the block's steps or of one for all."""
+        low, high = self.limits[node.name]
+        dtype = exact_dtype(max(-low, high))
+        counts = [self.counts(value) for value in inputs]
+        steps = max(len(x) for x in counts)
+        flat = [x.to(dtype).expand(steps, *x.shape[1:]).flatten(0, 1) for x in counts]
+        return relay(node, flat, self.limits[node.inputs[0]][0]).unflatten(0, (steps, -1))
+
+    def counts(self, value: Any) -> Tensor:
+        """Return a node's counts `[steps, N, ...]` in a float type."""
+        counts: Tensor = value
+        return counts
+
+    def images_at_once(self, steps: int) -> int:
+        """Return how many images to run at once, for planes of so many steps."""
+        largest = max(torch.Size(n.shape).numel() for n in self.network.nodes)
+        return max(1, BLOCK_NUMBERS // (steps * largest))
+
+    def simulation(self, pixels: Tensor, schedule: Schedule) -> Simulation:
+        """Begin a simulation of some images."""
+        return Simulation(self, pixels, schedule)
 
 
-def _chunk(network: SpikingNetwork, steps: int) -> int:
-    """Return how many images to run at once, for planes of so many steps."""
-    largest = max(torch.Size(n.shape).numel() for n in network.nodes)
-    return max(1, BLOCK_NUMBERS // (steps * largest))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    network: SpikingNetwork
-    limits: dict[str, tuple[int, int]]
-    charges: dict[str, Charge]
-    images: frozenset[str]
-    last_use: dict[int, list[str]]
-
-
-def _prepare(network: SpikingNetwork, timesteps: int, device: torch.device) -> _Prepared:
-    limits = network.count_limits(timesteps)
-    charges = {
-        n.name: Charge(n, limits, timesteps, device)
-        for n in network.nodes
-        if isinstance(n, (Population, Readout))
-    }
-    images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
-    return _Prepared(network, limits, charges, images, last_uses(list(network.nodes)))
-
-
-def _centered(node: Image, pixels: Tensor) -> Tensor:
+def centered(node: Image, pixels: Tensor) -> Tensor:
     """Return pixels minus their zero point, float `[1, N, C, H, W]`."""
     zero = torch.tensor(node.zero_point, device=pixels.device).view(-1, 1, 1)
     return (pixels - zero.to(torch.int16)).float()[None]
@@ -135,30 +163,18 @@ def _settled(node: Population, charge: Tensor, initial: str, low: int, high: int
     return charge.div_(threshold.to(charge.dtype)).floor_().clamp_(low, high).float()
 
 
-def _relay(node: Relay, values: dict[str, Tensor], limits: dict[str, tuple[int, int]]) -> Tensor:
-    """Apply a map that is exact on counts to `[steps, N, ...]`, steps being 1 where constant."""
-    low, high = limits[node.name]
-    dtype = exact_dtype(max(-low, high))
-    inputs = [values[name] for name in node.inputs]
-    steps = max(len(x) for x in inputs)
-    flat = [x.to(dtype).expand(steps, *x.shape[1:]).flatten(0, 1) for x in inputs]
-    return relay(node, flat, limits[node.inputs[0]][0]).unflatten(0, (steps, -1))
-
-
-class _Simulation:
+class Simulation:
     """One chunk of images; images that have become quiet leave it between blocks."""
 
-    def __init__(self, prepared: _Prepared, pixels: Tensor, schedule: Schedule) -> None:
-        self.prepared, self.schedule = prepared, schedule
-        self.network = prepared.network
+    def __init__(self, engine: Engine, pixels: Tensor, schedule: Schedule) -> None:
+        """Begin before the first step."""
+        self.engine, self.schedule = engine, schedule
+        self.network = engine.network
         self.images, self.device = len(pixels), pixels.device
         self.pixels = pixels
         self.running = torch.arange(self.images, device=self.device)
-        self.state = {p.name: self._zeros(*p.shape) for p in self.network.populations}
+        self.state = {p.name: self.initial(p) for p in self.network.populations}
         self.counts: dict[str, Tensor] = {}
-        for p in self.network.populations:
-            dtype = count_dtype(*prepared.limits[p.name])
-            self.counts[p.name] = self._zeros(*p.shape, dtype=dtype)
         self.spikes = {p.name: self._zeros(2, dtype=torch.int64) for p in self.network.populations}
         self.last_spike = self._zeros(dtype=torch.int64)
         self.charges: dict[str, list[Tensor]] = {r.name: [] for r in self.network.readouts}
@@ -166,7 +182,16 @@ class _Simulation:
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(self.images, *shape, dtype=dtype, device=self.device)
 
+    def initial(self, node: Population) -> Tensor:
+        """Return a population's state before the first step, `[N, ...]`."""
+        return self._zeros(*node.shape)
+
+    def final(self, node: Population, state: Tensor) -> Tensor:
+        """Return the counts `[n, ...]` of a state."""
+        return state
+
     def run(self) -> Trace:
+        """Simulate until the schedule ends, or nothing fires where it says so."""
         schedule = self.schedule
         done = 0
         while done < schedule.longest and len(self.running):
@@ -196,29 +221,48 @@ class _Simulation:
     def _retire(self, fired: Tensor) -> None:
         """Take the images out that fired nothing in the last step; nothing can happen to them."""
         quiet = fired == 0
-        for name, state in self.state.items():
-            self.counts[name][self.running[quiet]] = state[quiet].to(self.counts[name].dtype)
-        self.running = self.running[~quiet]
-        self.pixels = self.pixels[~quiet]
-        self.state = {name: state[~quiet] for name, state in self.state.items()}
+        if not bool(quiet.any()):
+            return
+        together = bool(quiet.all()) and len(quiet) == self.images
+        for p in self.network.populations:
+            dtype = count_dtype(*self.engine.limits[p.name])
+            if together:
+                self.counts[p.name] = self.final(p, self.state[p.name]).to(dtype)
+                continue
+            if p.name not in self.counts:
+                self.counts[p.name] = self._zeros(*p.shape, dtype=dtype)
+            counts = self.final(p, self.state[p.name][quiet])
+            self.counts[p.name][self.running[quiet]] = counts.to(dtype)
+        self.keep(~quiet)
+
+    def keep(self, still: Tensor) -> None:
+        """Go on with some of the running images."""
+        self.running, self.pixels = self.running[still], self.pixels[still]
+        self.state = {name: state[still] for name, state in self.state.items()}
+
+    def begin(self, steps: range) -> None:
+        """Begin a block."""
+
+    def end(self, fired: Tensor) -> None:
+        """End a block; `fired`, `[steps, N]`, is how many neurons fired."""
 
     def _block(self, steps: range) -> Tensor:
         """Simulate a block of steps; return how many neurons fired, `[steps, N]`."""
-        values: dict[str, Tensor] = {}
+        self.begin(steps)
+        values: dict[str, Any] = {}
         fired = torch.zeros(len(steps), len(self.running), device=self.device)
         for position, node in enumerate(self.network.nodes):
             if isinstance(node, Image):
-                values[node.name] = _centered(node, self.pixels)
+                values[node.name] = centered(node, self.pixels)
             elif isinstance(node, Relay):
-                values[node.name] = _relay(
-                    node, self._held(node, values, steps), self.prepared.limits
-                )
+                values[node.name] = self.engine.map(node, self._held(node, values, steps))
             elif isinstance(node, Readout):
-                self._read(node, self._charge(node, values, steps), len(steps))
+                self._read(node, self.charge(node, values, steps), len(steps))
             else:
-                values[node.name] = self._scan(node, values, steps, fired)
-            for name in self.prepared.last_use.get(position, ()):
+                values[node.name] = self.scan(node, values, steps, fired)
+            for name in self.engine.last_use.get(position, ()):
                 del values[name]
+        self.end(fired)
         happened = torch.tensor(steps, device=self.device)[:, None] * (fired > 0)
         last = happened.amax(0)
         self.last_spike[self.running] = torch.maximum(self.last_spike[self.running], last)
@@ -231,30 +275,28 @@ class _Simulation:
             injected = injected[:1]
         return torch.tensor(injected, dtype=torch.float32, device=self.device)
 
-    def _held(self, node: Relay, values: dict[str, Tensor], steps: range) -> dict[str, Tensor]:
-        """Return a map's inputs as counts: images times the steps they have been held."""
-        held = {}
+    def _held(self, node: Relay, values: dict[str, Any], steps: range) -> list[Any]:
+        """Return a map's inputs, images times the steps they have been held."""
+        held = []
         for name in node.inputs:
             x = values[name]
-            if name in self.prepared.images:
+            if name in self.engine.images:
                 x = x * self._injections(steps, 0).view(-1, 1, 1, 1, 1)
-            held[name] = x
+            held.append(x)
         return held
 
-    def _charge(
-        self, node: Population | Readout, values: dict[str, Tensor], steps: range
-    ) -> Tensor:
+    def charge(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
         """Return the accumulated charge, `[steps, N, C, ...]`, or one step if it is constant."""
-        prepared = self.prepared.charges[node.name]
+        charge = self.engine.charges[node.name]
         total: Tensor | None = None
         for i, synapse in enumerate(node.branches):
-            current = prepared.current(i, values[synapse.source])
-            if synapse.source in self.prepared.images:
+            current = charge.current(i, self.engine.counts(values[synapse.source]))
+            if synapse.source in self.engine.images:
                 held = self._injections(steps, 0).to(current.dtype)
                 current = current * held.view(-1, *[1] * (current.ndim - 1))
             total = current if total is None else total + current
         assert total is not None
-        return total + prepared.bias_charge(self._injections(steps, node.depth), total.ndim)
+        return total + charge.bias_charge(self._injections(steps, node.depth), total.ndim)
 
     def _read(self, node: Readout, charge: Tensor, steps: int) -> None:
         whole = charge.long().expand(steps, *charge.shape[1:])
@@ -266,16 +308,14 @@ class _Simulation:
             whole = everyone
         past.append(whole)
 
-    def _scan(
-        self, node: Population, values: dict[str, Tensor], steps: range, fired: Tensor
-    ) -> Tensor:
+    def scan(self, node: Population, values: dict[str, Any], steps: range, fired: Tensor) -> Any:
         """Fire through the block; return the counts, `[steps, N, ...]`, one step if none fires."""
         state = self.state[node.name]
         active = [self.schedule.fires(t, node.depth) for t in steps]
         if not any(active):
             return state[None].clone()
-        target = self._charge(node, values, steps)
-        low, high = self.prepared.limits[node.name]
+        target = self.charge(node, values, steps)
+        low, high = self.engine.limits[node.name]
         target = _settled(node, target, self.network.initial_membrane, low, high)
         down = -1 if self.network.signed(node) else 0
         counts = torch.empty(len(steps), *state.shape, device=self.device)
@@ -295,7 +335,7 @@ class _Simulation:
         return counts if bool(here.any()) else counts[:1]
 
 
-def _join(parts: list[Trace], schedule: Schedule) -> Trace:
+def _join(parts: list[Trace]) -> Trace:
     """Put chunks side by side; one that ended early stays as it was."""
     steps = max(part.steps for part in parts)
     longest = max(parts, key=lambda part: part.steps)
@@ -305,7 +345,7 @@ def _join(parts: list[Trace], schedule: Schedule) -> Trace:
         return torch.cat([charge, charge[-1:].expand(missing, *charge.shape[1:])])
 
     return Trace(
-        schedule,
+        longest.schedule,
         steps,
         {
             name: torch.cat([prolonged(part.charges[name]) for part in parts], 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snnconv.engine import counts
 from snnconv.engine.trace import Trace
 from snnconv.network import Image, Population, Readout, SpikingNetwork
 from snnconv.neuron import initial_membrane, step
@@ -17,10 +18,15 @@ from snnconv.quant import apply_weight, relay
 from snnconv.schedule import Schedule
 
 
-def run(network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> Trace:
-    """Simulate uint8 images `[N, C, H, W]` under a schedule."""
-    with torch.no_grad():
-        return _Simulation(network, pixels, schedule).run()
+class Engine(counts.Engine):
+    """The reference engine, on any device; for the end point it has the counts engine's."""
+
+    name = "reference"
+
+    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
+        """Simulate uint8 images `[N, C, H, W]` under a schedule."""
+        with torch.no_grad():
+            return _Simulation(self.network, pixels, schedule).run()
 
 
 class _Simulation:

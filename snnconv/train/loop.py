@@ -22,7 +22,7 @@ from snnconv import distributed
 from snnconv.checkpoint import write_atomically
 from snnconv.data import ImageData, choose_indices, default_batch
 from snnconv.data.augment import training_batches
-from snnconv.engine import endpoint
+from snnconv.engine import prepare
 from snnconv.errors import DataError, SnnconvError, UsageError, first_line
 from snnconv.graph import flatten_outputs
 from snnconv.network import SpikingNetwork
@@ -370,6 +370,7 @@ class Training:
         The images are augmented, always alike: a pretrained network knows them as they are.
         """
         network = self.network()
+        runner = prepare(network, network.timesteps, device=self.device)
         count = -(-len(self.held_out) // default_batch(self.preprocessing))
         parts = np.array_split(self.held_out, count)
         kl, hits, seen = 0.0, 0, 0
@@ -389,7 +390,7 @@ class Training:
             with torch.no_grad():
                 if i not in self.teacher_logits:
                     self.teacher_logits[i] = self._teach(pixels).double().cpu()
-                end = endpoint(network, pixels, network.timesteps)
+                end = runner.endpoint(pixels)
                 logits = end.logits(network, self.readout).flatten(1).double().cpu()
             target = F.log_softmax(self.teacher_logits[i], 1)
             found = F.log_softmax(logits, 1)

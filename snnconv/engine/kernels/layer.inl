@@ -1,0 +1,305 @@
+// One layer of neurons, for one instruction set.
+//
+// The including file defines LANES (32-bit numbers in a register), LARGEST_TILE_1, _2 and _4
+// (pixels of a tile of so many registers per pixel), and what needs its instructions: `widened` and
+// `store` (bytes to numbers and back), `step` (neurons fire), `floored` (the
+// floor of a quotient; doubles are exact enough for it) and `dot` (four products a lane). All is in
+// an unnamed namespace, and functions of the standard library on plain types are left alone:
+// compiled here for one instruction set, they could end up being called by code for another.
+
+struct Tally {
+    Vec up, down;
+};
+
+// Registers of one tile: P pixels of a row by Q vectors of output channels.
+template <int P, int Q> struct Tile {
+    Vec at[P][Q];
+};
+
+template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Branch &branch,
+                                             const uint8_t *corner, const int8_t *w) {
+    const int64_t pixel = branch.source.pixel, next = branch.stride[1] * pixel;
+    for (int y = 0; y < branch.kernel[0]; y++)
+        for (int x = 0; x < branch.kernel[1]; x++) {
+            const uint8_t *p = corner + y * branch.dilation[0] * branch.source.row +
+                               x * branch.dilation[1] * pixel;
+            for (int c = 0; c < branch.depth; c += 4) {
+                Weights weights[Q];
+                UNROLLED(q, Q)
+                    weights[q] = load<Weights>(w + 4 * LANES * q);
+                w += 4 * LANES * Q;
+                UNROLLED(i, P) {
+                    const int32_t four = load<int32_t>(p + i * next + c);
+                    UNROLLED(q, Q)
+                        sum.at[i][q] = dot(sum.at[i][q], four, weights[q]);
+                }
+            }
+        }
+}
+
+struct Place {
+    int image, row, column, block;
+};
+
+inline int64_t offset(const Planes &planes, const Place &at) {
+    return at.image * planes.image + at.row * planes.row + at.column * planes.pixel;
+}
+
+// The same for a convolution whose channels do not mix.
+template <int P, int Q> inline void convolve_depthwise(Tile<P, Q> &sum, const Branch &branch,
+                                                       const uint8_t *corner, const int32_t *w,
+                                                       int channels) {
+    const int64_t pixel = branch.source.pixel, next = branch.stride[1] * pixel;
+    for (int y = 0; y < branch.kernel[0]; y++)
+        for (int x = 0; x < branch.kernel[1]; x++, w += channels) {
+            const uint8_t *p = corner + y * branch.dilation[0] * branch.source.row +
+                               x * branch.dilation[1] * pixel;
+            UNROLLED(q, Q) {
+                const Vec weights = load<Vec>(w + LANES * q);
+                UNROLLED(i, P)
+                    sum.at[i][q] += weights * widened(p + i * next + LANES * q);
+            }
+        }
+}
+
+// Add a convolution's sums at step t, not yet shifted.
+template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Layer &layer,
+                                             const Branch &branch, const Place &at, int t) {
+    const Place corner{at.image, at.row * branch.stride[0] - branch.padding[0],
+                       at.column * branch.stride[1] - branch.padding[1], at.block};
+    const uint8_t *p = branch.source.data + t * branch.source.step + offset(branch.source, corner);
+    const int channel = at.block * layer.block;
+    if (branch.depthwise) {
+        convolve_depthwise(sum, branch, p + channel, branch.depthwise + channel, layer.channels);
+        return;
+    }
+    const int64_t taps = static_cast<int64_t>(branch.kernel[0]) * branch.kernel[1];
+    convolve(sum, branch, p + branch.first[at.block],
+             branch.weight + at.block * taps * branch.depth * layer.block);
+}
+
+inline bool convolves(const Branch &branch) { return branch.weight || branch.depthwise; }
+
+// The charge at step t: what is handed in, and what the first branches bring.
+template <int P, int Q>
+inline void gather(Tile<P, Q> &total, const Layer &layer, const Place &at, int t, int branches) {
+    const int channel = at.block * layer.block;
+    total = Tile<P, Q>{};
+    if (layer.charge) {
+        const int64_t row = static_cast<int64_t>(at.image) * layer.rows + at.row;
+        const int32_t *charge = layer.charge + t * layer.charge_step + channel +
+                                (row * layer.columns + at.column) * layer.channels;
+        UNROLLED(i, P)
+            UNROLLED(q, Q)
+                total.at[i][q] = layer.held[t] * load<Vec>(charge + i * layer.channels + LANES * q);
+    }
+    for (int b = 0; b < branches; b++) {
+        const Branch &branch = layer.branches[b];
+        const int32_t *scale = branch.scale + channel;
+        if (convolves(branch)) {
+            Tile<P, Q> sum{};
+            convolve(sum, layer, branch, at, t);
+            UNROLLED(i, P)
+                UNROLLED(q, Q)
+                    total.at[i][q] += sum.at[i][q] << load<Vec>(scale + LANES * q);
+        } else {
+            const uint8_t *plane = branch.source.data + t * branch.source.step;
+            const uint8_t *p = plane + offset(branch.source, at) + channel;
+            UNROLLED(i, P)
+                UNROLLED(q, Q)
+                    total.at[i][q] += load<Vec>(scale + LANES * q) *
+                                      widened(p + i * branch.source.pixel + LANES * q);
+        }
+    }
+}
+
+// What a membrane holds at step t beside its charge, the same for all pixels.
+inline Vec injected(const Layer &layer, int t, int channel) {
+    return load<Vec>(layer.start + channel) + layer.injected[t] * load<Vec>(layer.bias + channel);
+}
+
+// Where the counts of a tile lie: of the step before, and of this one.
+struct Course {
+    const uint8_t *before;
+    int64_t pixel_before;
+    uint8_t *now;
+    int64_t pixel_now;
+};
+
+template <int P, int Q> inline void copy(const Course &course) {
+    UNROLLED(i, P)
+        std::memcpy(course.now + i * course.pixel_now, course.before + i * course.pixel_before,
+                    Q * LANES);
+}
+
+template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *tally) {
+    const int channel = at.block * layer.block;
+    // The sums of the last branch stay in registers, if there is something new at every step.
+    const Branch *last = layer.branches + layer.branch_count - 1;
+    const bool fused = layer.branch_count && convolves(*last) && !layer.constant;
+    const int others = layer.branch_count - fused;
+    const bool moving = (others && !layer.constant) || layer.charge;
+    const Vec high = Vec{} + layer.high, is_signed = Vec{} - layer.is_signed;
+    uint8_t *state = layer.state.data + offset(layer.state, at) + channel;
+    uint8_t *out = layer.out.data + offset(layer.out, at) + channel;
+    Course course{state, layer.state.pixel, out, layer.out.pixel};
+    Tile<P, Q> total;
+    bool gathered = false;
+    for (int t = 0; t < layer.steps; t++) {
+        if (layer.fires[t]) {
+            if (!gathered || moving) gather(total, layer, at, t, others);
+            gathered = true;
+            Tile<P, Q> sum{};
+            if (fused) convolve(sum, layer, *last, at, t);
+            Vec ups{}, downs{};
+            UNROLLED(q, Q) {
+                const int here = channel + LANES * q;
+                const Vec threshold = load<Vec>(layer.threshold + here);
+                const Vec base = injected(layer, t, here);
+                const Vec scale = fused ? load<Vec>(last->scale + here) : Vec{};
+                UNROLLED(i, P) {
+                    Vec counts = widened(course.before + i * course.pixel_before + LANES * q);
+                    const Vec charge = total.at[i][q] + (sum.at[i][q] << scale);
+                    const Vec membrane = charge + base - counts * threshold;
+                    step({counts, ups, downs}, membrane, threshold, high, is_signed);
+                    store(course.now + i * course.pixel_now + LANES * q, counts);
+                }
+            }
+            tally[t].up += ups;
+            tally[t].down += downs;
+        } else {
+            copy<P, Q>(course);
+        }
+        course = {course.now, layer.out.pixel, course.now + layer.out.step, layer.out.pixel};
+    }
+    copy<P, Q>({course.before, layer.out.pixel, state, layer.state.pixel});
+}
+
+template <int P, int Q> void settle(const Layer &layer, const Place &at, Tally *) {
+    const int channel = at.block * layer.block;
+    uint8_t *out = layer.out.data + offset(layer.out, at) + channel;
+    Tile<P, Q> total;
+    gather(total, layer, at, 0, layer.branch_count);
+    UNROLLED(q, Q) {
+        const int here = channel + LANES * q;
+        const Vec threshold = load<Vec>(layer.threshold + here);
+        const Vec base = injected(layer, 0, here);
+        UNROLLED(i, P) {
+            const Vec membrane = total.at[i][q] + base;
+            Vec count = floored(membrane, threshold);
+            count = count < 0 ? Vec{} : count;
+            count = count > layer.high ? Vec{} + layer.high : count;
+            store(out + i * layer.out.pixel + LANES * q, count);
+        }
+    }
+}
+
+using Kernel = void (*)(const Layer &, const Place &, Tally *);
+
+template <bool Settle, int Q, int... P>
+Kernel choose(int pixels, std::integer_sequence<int, P...>) {
+    static constexpr Kernel kernels[] = {(Settle ? settle<P + 1, Q> : fire<P + 1, Q>)...};
+    return kernels[pixels - 1];
+}
+
+template <bool Settle> Kernel choose(int pixels, int vectors) {
+    switch (vectors) {
+#if LARGEST_TILE_4 > 0
+    case 4:
+        return choose<Settle, 4>(pixels, std::make_integer_sequence<int, LARGEST_TILE_4>{});
+#endif
+    case 2:
+        return choose<Settle, 2>(pixels, std::make_integer_sequence<int, LARGEST_TILE_2>{});
+    default:
+        return choose<Settle, 1>(pixels, std::make_integer_sequence<int, LARGEST_TILE_1>{});
+    }
+}
+
+int largest_tile(int vectors) {
+    return vectors == 4 ? LARGEST_TILE_4 : vectors == 2 ? LARGEST_TILE_2 : LARGEST_TILE_1;
+}
+
+// Fill the border of `out` around one row, and above the first and below the last.
+template <typename Output> void fill_border(const Output &layer, int image, int row) {
+    const Planes &out = layer.out;
+    const auto [left, right, top, bottom] = layer.border;
+    const int64_t width = (left + layer.columns + right) * out.pixel;
+    for (int t = 0; t < layer.steps; t++) {
+        uint8_t *p = out.data + t * out.step + image * out.image + row * out.row - left * out.pixel;
+        std::memset(p, layer.border_value, left * out.pixel);
+        std::memset(p + (left + layer.columns) * out.pixel, layer.border_value, right * out.pixel);
+        for (int k = 1; row == 0 && k <= top; k++)
+            std::memset(p - k * out.row, layer.border_value, width);
+        for (int k = 1; row == layer.rows - 1 && k <= bottom; k++)
+            std::memset(p + k * out.row, layer.border_value, width);
+    }
+}
+
+int32_t sum(Vec v) {
+    int32_t total = 0;
+    for (int i = 0; i < LANES; i++)
+        total += v[i];
+    return total;
+}
+
+// Run the rows first..last of all images: row r is row r % rows of image r / rows.
+template <bool Settle> void run(const Layer &layer, int first, int last) {
+    const int vectors = layer.block / LANES, blocks = layer.channels / layer.block;
+    const int most = largest_tile(vectors), tiles = (layer.columns + most - 1) / most;
+    Tally tally[SNNCONV_MOST_STEPS];
+    for (int begin = first; begin < last;) {
+        const int image = begin / layer.rows;
+        const int whole = (image + 1) * layer.rows, end = last < whole ? last : whole;
+        for (int t = 0; t < layer.steps; t++)
+            tally[t] = Tally{};
+        for (int block = 0; block < blocks; block++)
+            for (int r = begin; r < end; r++)
+                for (int tile = 0; tile < tiles; tile++) {
+                    const int column = layer.columns * tile / tiles,
+                              next = layer.columns * (tile + 1) / tiles;
+                    const Place at{image, r - image * layer.rows, column, block};
+                    choose<Settle>(next - column, vectors)(layer, at, tally);
+                }
+        for (int r = begin; r < end; r++)
+            fill_border(layer, image, r - image * layer.rows);
+        for (int t = 0; !Settle && t < layer.steps; t++) {
+            int64_t *fired = layer.fired + (static_cast<int64_t>(t) * layer.images + image) * 2;
+            __atomic_fetch_add(fired, sum(tally[t].up), __ATOMIC_RELAXED);
+            __atomic_fetch_add(fired + 1, sum(tally[t].down), __ATOMIC_RELAXED);
+        }
+        begin = end;
+    }
+}
+
+using Sixteen = VectorOf<uint8_t, 16>::type;
+
+void max_pool(const Pool &pool, int first, int last) {
+    for (int r = first; r < last; r++) {
+        const int image = r / pool.rows, row = r % pool.rows;
+        for (int t = 0; t < pool.steps; t++) {
+            const uint8_t *plane =
+                pool.source.data + t * pool.source.step + image * pool.source.image;
+            uint8_t *out =
+                pool.out.data + t * pool.out.step + image * pool.out.image + row * pool.out.row;
+            for (int column = 0; column < pool.columns; column++, out += pool.out.pixel)
+                for (int c = 0; c < pool.channels; c += 16) {
+                    Sixteen most{};
+                    for (int y = 0; y < pool.kernel[0]; y++) {
+                        const int in_row =
+                            row * pool.stride[0] - pool.padding[0] + y * pool.dilation[0];
+                        if (in_row < 0 || in_row >= pool.source_rows) continue;
+                        for (int x = 0; x < pool.kernel[1]; x++) {
+                            const int in_column =
+                                column * pool.stride[1] - pool.padding[1] + x * pool.dilation[1];
+                            if (in_column < 0 || in_column >= pool.source_columns) continue;
+                            const auto here = load<Sixteen>(plane + in_row * pool.source.row +
+                                                            in_column * pool.source.pixel + c);
+                            most = here > most ? here : most;
+                        }
+                    }
+                    std::memcpy(out + c, &most, sizeof most);
+                }
+        }
+        fill_border(pool, image, row);
+    }
+}

@@ -1,0 +1,176 @@
+"""The native engine: every instruction set gives the reference's bits, whatever the shapes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from networks import NETWORKS, converted, images
+from test_engine import SCHEDULES, differences
+from torch import Tensor, nn
+
+from snnconv.engine import counts, endpoint, kernels, native, prepare, selfcheck, simulate
+from snnconv.engine.reference import Engine as Reference
+from snnconv.errors import UsageError
+from snnconv.network import SpikingNetwork
+from snnconv.normalize import with_settings
+from snnconv.pipeline import convert
+from snnconv.preprocess import Preprocessing
+
+pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+LEVELS = kernels.levels() if native.unavailable() is None else []
+
+
+class Wide(nn.Module):
+    """Channels beyond and between the kernels' blocks, groups that straddle them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 33, 3, padding=1)
+        self.dense = nn.Conv2d(33, 64, 3, stride=2, padding=1)
+        self.depthwise = nn.Conv2d(64, 64, 5, padding=2, groups=64)
+        self.grouped = nn.Conv2d(64, 130, 1, groups=2)
+        self.skip = nn.Conv2d(33, 130, 1, stride=2)
+        self.thin = nn.Conv2d(130, 40, (1, 3), padding=(0, 2), dilation=(1, 2), groups=10)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.head = nn.Conv2d(40, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        y = self.depthwise(self.dense(x).relu()).relu()
+        x = (self.grouped(y) + self.skip(x)).relu()
+        x = self.pool(self.thin(x).relu())
+        return self.head(x).mean((2, 3))
+
+
+SIZE = (3, 19, 29)
+
+
+def wide(timesteps: int, bits: int = 8) -> SpikingNetwork:
+    torch.manual_seed(3)
+    preprocessing = Preprocessing(SIZE, (0.5, 0.4, 0.6), (0.25, 0.3, 0.2))
+    pixels = [pictures(2, 7)]
+    return convert(
+        Wide().eval(), preprocessing, pixels, timesteps=timesteps, weight_bits=bits
+    ).network
+
+
+def pictures(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, *SIZE), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_instruction_set_agrees_with_the_reference(name: str, level: int) -> None:
+    for seed, timesteps, neuron, start in (
+        (0, 5, "signed", "half"),
+        (1, 3, "unsigned", "zero"),
+        (2, 1, "signed", "half"),
+        (3, 11, "signed", "half"),
+    ):
+        net = converted(name, seed, timesteps).network
+        net = with_settings(net, neuron=neuron, initial_membrane=start)
+        engine = native.Engine(net, timesteps, level)
+        for schedule in SCHEDULES:
+            timetable = net.timetable(timesteps, **schedule)
+            found = engine.simulate(images(3, seed), timetable)
+            slow = Reference(net, timesteps).simulate(images(3, seed), timetable)
+            assert not differences(found, slow)
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("timesteps", [1, 8, 31, 127, 128, 129, 255])
+def test_wide_layers_at_any_time_step(timesteps: int, level: int) -> None:
+    net = wide(timesteps)
+    engine, truth = native.Engine(net, timesteps, level), counts.Engine(net, timesteps)
+    assert sum(p.fused for p in engine.populations.values()) >= 1
+    pixels = pictures(2)
+    timetable = net.timetable(timesteps, name="paper")
+    assert not differences(engine.simulate(pixels, timetable), truth.simulate(pixels, timetable))
+    found, expected = (e.endpoint(pixels, maps=True) for e in (engine, truth))
+    for name, end in expected.counts.items():
+        assert torch.equal(found.counts[name], end), name
+    assert torch.equal(found.charges["logits"], expected.charges["logits"])
+
+
+def test_weights_of_the_widest_layers_run_in_the_kernels() -> None:
+    engine = native.Engine(wide(8), 8)
+    assert all(p.fused for p in engine.populations.values())
+
+
+def test_batch_and_threads_change_nothing() -> None:
+    net, pixels = wide(4, bits=4), pictures(5)
+    timetable = net.timetable(4)
+    whole = simulate(net, pixels, timetable, "native")
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3, 7):
+            torch.set_num_threads(count)
+            assert not differences(whole, simulate(net, pixels, timetable, "native"))
+            alone = simulate(net, pixels[2:3], timetable, "native")
+            assert torch.equal(alone.charges["logits"][-1, 0], whole.charges["logits"][-1, 2])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_planted_mistake_is_noticed() -> None:
+    net = selfcheck.sample()
+    engine = native.Engine(net, selfcheck.TIMESTEPS)
+    assert selfcheck.wrong(engine) is None
+    for name in ("grouped", "joined", "strided"):
+        for what in ("threshold", "start"):
+            engine = native.Engine(net, selfcheck.TIMESTEPS)
+            getattr(engine.populations[name].cell, what).add_(900)
+            assert selfcheck.wrong(engine) == name
+
+
+def test_what_bytes_cannot_hold_is_refused() -> None:
+    net = selfcheck.sample()  # has two-sided neurons
+    assert native.refusal(net, 127, "cpu") is None
+    assert "counts up to 127, not 128" in str(native.refusal(net, 128, "cpu"))
+    assert "CPUs only" in str(native.refusal(net, 8, "cuda"))
+    with pytest.raises(UsageError, match="not 300; take --engine counts"):
+        prepare(net, 300, "native")
+    pixels = torch.zeros(1, *net.preprocessing.input_size, dtype=torch.uint8)
+    assert prepare(net, 300).name == "counts"
+    assert prepare(net, 8).name == "native"
+    assert endpoint(net, pixels, 300).timesteps == 300
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [(None, "cannot be loaded"), (b"not a library", "cannot be loaded")],
+)
+def test_without_the_library_everything_still_works(
+    contents: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "kernels.so"
+    if contents is not None:
+        file.write_bytes(contents)
+    monkeypatch.setenv(kernels.VARIABLE, str(file))
+    kernels.library.cache_clear()
+    native.unavailable.cache_clear()
+    try:
+        assert message in str(native.unavailable())
+        assert prepare(converted("residual").network, 5).name == "counts"
+    finally:
+        kernels.library.cache_clear()
+        native.unavailable.cache_clear()
+
+
+def test_the_kernels_do_not_need_torch_to_be_built() -> None:
+    symbols = Path(str(kernels.library()._name)).read_bytes()
+    assert b"c10" not in symbols
+    assert b"_ZN2at" not in symbols
+
+
+def test_importing_snnconv_does_not_load_the_kernels() -> None:
+    code = (
+        "import snnconv.engine, snnconv.engine.kernels as k;"
+        "assert k.library.cache_info().currsize == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
