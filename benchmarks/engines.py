@@ -50,6 +50,7 @@ FULL = {"networks": tuple(NETWORKS), "batches": (1, 16, 64), "timesteps": (1, 3,
 OURS = ("native", "counts")
 PEER = ("spikingjelly step", "spikingjelly multi")
 REPETITIONS = 5
+REST = 0.05  # seconds
 # A case is not repeated so often that it takes longer than this.
 SECONDS = 60.0
 MEMORY_BATCH, MEMORY_STEPS = 16, (8, 32)
@@ -178,7 +179,11 @@ def _call(module: nn.Module | Callable[..., Any], images: Tensor) -> Run:
 
 
 def _seconds(run: Run) -> tuple[float, float]:
-    """Return the processor's and the clock's seconds of a run."""
+    """Return the processor's and the clock's seconds of a run, after a rest.
+
+    Threads that have worked for the run before wait for more by spinning for a while.
+    """
+    time.sleep(REST)
     cpu, wall = time.process_time(), time.perf_counter()
     run()
     return time.process_time() - cpu, time.perf_counter() - wall

@@ -135,7 +135,9 @@ def wait_for(path: Path, seconds: float = 90) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
     sign: signal.Signals, own_folder: Path
 ) -> None:

@@ -46,17 +46,19 @@ class Engine:
     def __init__(
         self, network: SpikingNetwork, timesteps: int, device: torch.device | str = "cpu"
     ) -> None:
-        """Convert the weights once."""
+        """Take a network and a T."""
         self.network, self.timesteps = network, timesteps
         self.device = torch.device(device)
         self.limits = network.count_limits(timesteps)
-        self.charges = {
-            n.name: Charge(n, self.limits, timesteps, self.device)
-            for n in network.nodes
-            if isinstance(n, (Population, Readout))
-        }
+        self._charges: dict[str, Charge] = {}
         self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
         self.last_use = last_uses(list(network.nodes))
+
+    def charge(self, node: Population | Readout) -> Charge:
+        """Return the linear part of a node, its weights converted when it is first asked for."""
+        if node.name not in self._charges:
+            self._charges[node.name] = Charge(node, self.limits, self.timesteps, self.device)
+        return self._charges[node.name]
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
@@ -104,7 +106,7 @@ class Engine:
 
     def end_charge(self, node: Population | Readout, values: dict[str, Any]) -> Tensor:
         """Return what has arrived in the end, `[1, N, C, ...]`."""
-        charge = self.charges[node.name]
+        charge = self.charge(node)
         currents = [
             charge.current(i, self.counts(values[synapse.source]))
             for i, synapse in enumerate(node.branches)
@@ -114,10 +116,19 @@ class Engine:
 
     def settle(self, node: Population, values: dict[str, Any]) -> Any:
         """Return the counts a population ends at."""
+        return self.settled(node, self.end_charge(node, values))
+
+    def settled(self, node: Population, charge: Tensor) -> Tensor:
+        """Return clip(floor((charge + V0)/theta), low, high), writing over `charge`.
+
+        A correctly rounded quotient of integers has the right floor as long as they are exact in
+        the type: v/theta is at least 1/theta below the next integer k, and k theta is about v.
+        """
         low, high = self.limits[node.name]
-        return _settled(
-            node, self.end_charge(node, values), self.network.initial_membrane, low, high
-        )
+        threshold = per_channel(node.threshold.to(charge.device), charge.ndim - 1)
+        charge += initial_membrane(threshold, self.network.initial_membrane)
+        charge.div_(threshold.to(charge.dtype)).floor_().clamp_(low, high)
+        return charge.to(course_dtype(low, high))
 
     def begin(self, steps: int, images: int) -> None:
         """Get ready for blocks of so many steps, or an end point, of so many images."""
@@ -125,14 +136,17 @@ class Engine:
     def map(self, node: Relay, inputs: list[Any]) -> Any:
         """Apply a map that is exact on counts, to values of the block's steps or of one for all."""
         low, high = self.limits[node.name]
-        dtype = exact_dtype(max(-low, high))
+        dtype = course_dtype(low, high)
+        # Poolings work on floats only.
+        within = exact_dtype(max(-low, high)) if node.op in ("max_pool", "sum_pool") else dtype
         counts = [self.counts(value) for value in inputs]
         steps = max(len(x) for x in counts)
-        flat = [x.to(dtype).expand(steps, *x.shape[1:]).flatten(0, 1) for x in counts]
-        return relay(node, flat, self.limits[node.inputs[0]][0]).unflatten(0, (steps, -1))
+        flat = [x.to(within).expand(steps, *x.shape[1:]).flatten(0, 1) for x in counts]
+        result = relay(node, flat, self.limits[node.inputs[0]][0])
+        return result.to(dtype).unflatten(0, (steps, -1))
 
     def counts(self, value: Any) -> Tensor:
-        """Return a node's counts `[steps, N, ...]` in a float type."""
+        """Return a node's counts `[steps, N, ...]`."""
         counts: Tensor = value
         return counts
 
@@ -152,15 +166,25 @@ def centered(node: Image, pixels: Tensor) -> Tensor:
     return (pixels - zero.to(torch.int16)).float()[None]
 
 
-def _settled(node: Population, charge: Tensor, initial: str, low: int, high: int) -> Tensor:
-    """Return clip(floor((charge + V0)/theta), low, high) as float32, writing over `charge`.
+def course_dtype(low: int, high: int) -> torch.dtype:
+    """Return the smallest type that holds counts from low to high and all their differences."""
+    for dtype in (torch.int8, torch.int16):
+        if high - low <= torch.iinfo(dtype).max:
+            return dtype
+    return exact_dtype(high - low)
 
-    A correctly rounded quotient of integers has the right floor as long as they are exact in the
-    type: v/theta is at least 1/theta below the next integer k, and k theta is about v.
-    """
-    threshold = per_channel(node.threshold.to(charge.device), charge.ndim - 1)
-    charge += initial_membrane(threshold, initial)
-    return charge.div_(threshold.to(charge.dtype)).floor_().clamp_(low, high).float()
+
+def laid_out(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an empty tensor `[..., C, H, W]` with the channels last in memory, or `[..., F]`."""
+    if len(shape) < 4:
+        return torch.empty(shape, dtype=dtype, device=device)
+    *lead, channels, height, width = shape
+    return torch.empty(*lead, height, width, channels, dtype=dtype, device=device).movedim(-1, -3)
+
+
+def rows(x: Tensor) -> Tensor:
+    """Return `[N, C, ...]` as `[N, numbers]`, without a copy if the channels are last in memory."""
+    return x.movedim(1, -1).flatten(1)
 
 
 class Simulation:
@@ -184,7 +208,8 @@ class Simulation:
 
     def initial(self, node: Population) -> Tensor:
         """Return a population's state before the first step, `[N, ...]`."""
-        return self._zeros(*node.shape)
+        dtype = course_dtype(*self.engine.limits[node.name])
+        return laid_out((self.images, *node.shape), dtype, self.device).zero_()
 
     def final(self, node: Population, state: Tensor) -> Tensor:
         """Return the counts `[n, ...]` of a state."""
@@ -287,7 +312,7 @@ class Simulation:
 
     def charge(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
         """Return the accumulated charge, `[steps, N, C, ...]`, or one step if it is constant."""
-        charge = self.engine.charges[node.name]
+        charge = self.engine.charge(node)
         total: Tensor | None = None
         for i, synapse in enumerate(node.branches):
             current = charge.current(i, self.engine.counts(values[synapse.source]))
@@ -313,22 +338,20 @@ class Simulation:
         state = self.state[node.name]
         active = [self.schedule.fires(t, node.depth) for t in steps]
         if not any(active):
-            return state[None].clone()
-        target = self.charge(node, values, steps)
-        low, high = self.engine.limits[node.name]
-        target = _settled(node, target, self.network.initial_membrane, low, high)
+            return state[None].clone(memory_format=torch.preserve_format)
+        target = self.engine.settled(node, self.charge(node, values, steps))
         down = -1 if self.network.signed(node) else 0
-        counts = torch.empty(len(steps), *state.shape, device=self.device)
+        counts = laid_out((len(steps), *state.shape), state.dtype, self.device)
         here = torch.zeros_like(fired)
         for i, fires in enumerate(active):
             if fires:
                 spikes = torch.sub(target[i if len(target) > 1 else 0], state).clamp_(down, 1)
                 state += spikes
-                here[i] = spikes.abs_().flatten(1).sum(1)
+                here[i] = rows(spikes.abs_()).sum(1, dtype=torch.int32)
             counts[i] = state
         fired += here
         emitted = here.sum(0).long()
-        net = state.flatten(1).sum(1, dtype=torch.float64).long()
+        net = rows(state).sum(1, dtype=torch.int64)
         past = self.spikes[node.name][self.running]
         total = past.sum(1) + emitted
         self.spikes[node.name][self.running] = torch.stack([total + net, total - net], 1) // 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from snnconv.quant import apply_weight
 
 EXACT_FLOAT32 = 2**24
 EXACT_FLOAT64 = 2**53
+LARGEST_BYTE = 255
 
 
 @contextmanager
@@ -54,6 +56,52 @@ def exact_dtype(bound: int) -> torch.dtype:
     )
 
 
+@cache
+def bytes_multiply() -> bool:
+    """Return whether torch convolves bytes exactly on this CPU.
+
+    oneDNN's int8 convolutions are not part of torch's public interface and add in 16 bits on
+    processors without VNNI, so they are tried at the largest values there are.
+    """
+    counts = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8)
+    weight = torch.full((16, 64, 3, 3), 127, dtype=torch.int8)
+    weight[1::2] = -127
+    attributes = {"stride": (1, 1), "padding": (1,) * 4, "dilation": (1, 1), "groups": 1}
+    synapse = Synapse("", (), "conv", weight, torch.zeros(16, dtype=torch.int32), attributes)
+    try:
+        found = _ByteConvolution(synapse)(counts)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(found.double(), _linear(synapse, weight.double(), counts.double()))
+
+
+class _ByteConvolution:
+    """A convolution of counts from 0 to 255 by oneDNN, on the CPU."""
+
+    def __init__(self, synapse: Synapse) -> None:
+        """Pack the weights."""
+        attributes, rows = synapse.attributes, len(synapse.weight)
+        left, _, above, _ = attributes["padding"]
+        self.scales, self.zeros = torch.ones(rows), torch.zeros(rows, dtype=torch.int32)
+        self.geometry = (
+            list(attributes["stride"]),
+            [above, left],
+            list(attributes["dilation"]),
+            attributes["groups"],
+        )
+        self.weight = torch.ops.onednn.qconv_prepack(
+            synapse.weight.contiguous(), self.scales, 1.0, 0, *self.geometry, None
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Convolve uint8 `[N, C, H, W]`; the sums are float32, exact below 2^24."""
+        result: Tensor = torch.ops.onednn.qconv2d_pointwise(
+            x.contiguous(memory_format=torch.channels_last), 1.0, 0, self.weight, self.scales,
+            self.zeros, None, *self.geometry, 1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return result
+
+
 class Charge:
     """The linear part of one population or readout, ready to run.
 
@@ -72,6 +120,7 @@ class Charge:
         self.dtype = exact_dtype(membrane_bound(node, limits, timesteps))
         self.bias = node.bias.to(device, self.dtype)
         self.branches = []
+        self.in_bytes: list[_ByteConvolution | None] = []
         for synapse in node.branches:
             low, high = limits[synapse.source]
             bound = int(charge_bounds(synapse, low, high).max())
@@ -80,6 +129,16 @@ class Charge:
             factor = torch.exp2(synapse.shift.to(device, self.dtype))
             plain = not bool(synapse.shift.any())
             self.branches.append((synapse, weight, None if plain else factor))
+            left, right, above, below = synapse.attributes.get("padding", (0, 1, 0, 0))
+            suits = (
+                synapse.kind == "conv"
+                and (low, left, above) == (0, right, below)
+                and high <= LARGEST_BYTE
+                and bound < EXACT_FLOAT32
+                and device.type == "cpu"
+                and bytes_multiply()
+            )
+            self.in_bytes.append(_ByteConvolution(synapse) if suits else None)
 
     def current(self, index: int, x: Tensor) -> Tensor:
         """Return `(W * x) << m` of one branch; `x` is `[..., C, H, W]` or `[..., F]` counts.
@@ -87,8 +146,13 @@ class Charge:
         Leading axes (time and batch) are kept.
         """
         synapse, weight, factor = self.branches[index]
-        lead = x.shape[:2]
-        result = _linear(synapse, weight, x.flatten(0, 1).to(weight.dtype)).to(self.dtype)
+        lead, x = x.shape[:2], x.flatten(0, 1)
+        convolution = self.in_bytes[index]
+        if convolution is not None:
+            x = x.view(torch.uint8) if x.dtype == torch.int8 else x.to(torch.uint8)
+            result = _pooled(synapse, convolution(x)).to(self.dtype)
+        else:
+            result = _linear(synapse, weight, x.to(weight.dtype)).to(self.dtype)
         if factor is not None:
             result *= per_channel(factor, result.ndim)
         return result.unflatten(0, lead)
@@ -100,7 +164,10 @@ class Charge:
 
 
 def _linear(synapse: Synapse, weight: Tensor, x: Tensor) -> Tensor:
-    result = apply_weight(synapse.kind, synapse.attributes, weight, x)
+    return _pooled(synapse, apply_weight(synapse.kind, synapse.attributes, weight, x))
+
+
+def _pooled(synapse: Synapse, result: Tensor) -> Tensor:
     for pool in synapse.pools:
         result = sum_pool(result, pool)
     return result

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from snnconv.engine import counts, kernels, selfcheck
@@ -53,6 +54,11 @@ def unavailable() -> str | None:
         f"the native engine computes {wrong} of a test network unlike the reference on this "
         "machine; please report it with the output of snnconv env"
     )
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def refusal(network: SpikingNetwork, timesteps: int, device: torch.device | str) -> str | None:
@@ -123,13 +129,13 @@ class Engine(counts.Engine):
 
     @contextmanager
     def _own_threads(self) -> Iterator[None]:
-        """Let the kernels have all threads: torch's, once busy, wait for more by spinning."""
+        """Let the kernels have all threads: torch's, once busy, wait for more by spinning.
+
+        Not by `torch.set_num_threads`, which forgets every convolution that was made ready.
+        """
         self.threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with _thread_pools().limit(limits=1, user_api="openmp"):
             yield
-        finally:
-            torch.set_num_threads(self.threads)
 
     def images_at_once(self, steps: int) -> int:
         """Return how many images to run at once: enough for all threads, few for the caches."""
@@ -180,7 +186,7 @@ class Engine(counts.Engine):
 
     def image_charge(self, packed: _Packed, values: dict[str, Any]) -> Tensor | None:
         """Return what a population's branches make of the image, as the kernels want it."""
-        charge = self.charges[packed.node.name]
+        charge = self.charge(packed.node)
         parts = [
             charge.current(i, values[synapse.source])
             for i, synapse in enumerate(packed.node.branches)
