@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from snnconv.checkpoint import save_network as save_network
     from snnconv.data import open_data as open_data
     from snnconv.engine import endpoint as endpoint
+    from snnconv.engine import prepare as prepare
     from snnconv.engine import simulate as simulate
     from snnconv.folding import fold as fold
     from snnconv.graph import trace as trace
@@ -44,6 +45,7 @@ _PUBLIC = {
     "integerize": "snnconv.normalize",
     "save_network": "snnconv.checkpoint",
     "load_network": "snnconv.checkpoint",
+    "prepare": "snnconv.engine",
     "simulate": "snnconv.engine",
     "endpoint": "snnconv.engine",
     "evaluate": "snnconv.measure",
