@@ -127,14 +127,17 @@ class Case:
         found = {"ann": self.ann()}
         if compiled:
             found["ann compiled"] = self.compiled()
-        engines = [e for e in OURS if e == "counts" or native.unavailable() is None]
-        found |= {engine: self.trajectory(engine) for engine in engines}
-        found |= {f"endpoint {engine}": self.endpoint(engine) for engine in engines}
+        found |= {engine: self.trajectory(engine) for engine in _ours()}
+        found |= {f"endpoint {engine}": self.endpoint(engine) for engine in _ours()}
         try:
             found |= {name: self.spikingjelly(name.split()[1][0]) for name in PEER}
         except ImportError:
             print("SpikingJelly is not installed", file=sys.stderr)
         return found
+
+
+def _ours() -> list[str]:
+    return [e for e in OURS if e == "counts" or native.unavailable() is None]
 
 
 def _for_spikingjelly(model: nn.Module, images: Tensor) -> nn.Module:
@@ -278,7 +281,7 @@ def report(plan: dict[str, Any], compiled: bool) -> dict[str, Any]:
         "growth_of_memory": [
             {"network": name, "engine": engine, "ratio": _growth(name, engine)}
             for name in plan["networks"]
-            for engine in OURS
+            for engine in _ours()
         ],
     }
 
@@ -294,7 +297,8 @@ def _processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    return next(line for line in text.splitlines() if line.startswith("model name"))[13:]
+    names = [line[13:] for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -60,13 +60,12 @@ def prepare(
     """
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
-    if engine == "auto":
+    if engine in ("auto", "native"):
         refused = native.refusal(network, timesteps, device)
-        engine = "native" if refused is None else "counts"
-    if engine == "native":
-        if (refused := native.refusal(network, timesteps, device)) is not None:
+        if refused is None:
+            return native.Engine(network, timesteps)
+        if engine == "native":
             raise UsageError(f"{refused}; take --engine counts")
-        return native.Engine(network, timesteps)
     kind = reference.Engine if engine == "reference" else counts.Engine
     return kind(network, timesteps, device)
 

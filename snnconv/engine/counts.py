@@ -275,7 +275,8 @@ class Simulation:
         """Simulate a block of steps; return how many neurons fired, `[steps, N]`."""
         self.begin(steps)
         values: dict[str, Any] = {}
-        fired = torch.zeros(len(steps), len(self.running), device=self.device)
+        size = len(steps), len(self.running)
+        fired = torch.zeros(size, dtype=torch.int64, device=self.device)
         for position, node in enumerate(self.network.nodes):
             if isinstance(node, Image):
                 values[node.name] = centered(node, self.pixels)
@@ -342,7 +343,7 @@ class Simulation:
         target = self.engine.settled(node, self.charge(node, values, steps))
         down = -1 if self.network.signed(node) else 0
         counts = laid_out((len(steps), *state.shape), state.dtype, self.device)
-        here = torch.zeros_like(fired)
+        here = torch.zeros_like(fired)  # as integers: float32 ends at 2^24
         for i, fires in enumerate(active):
             if fires:
                 spikes = torch.sub(target[i if len(target) > 1 else 0], state).clamp_(down, 1)
@@ -350,7 +351,7 @@ class Simulation:
                 here[i] = rows(spikes.abs_()).sum(1, dtype=torch.int32)
             counts[i] = state
         fired += here
-        emitted = here.sum(0).long()
+        emitted = here.sum(0)
         net = rows(state).sum(1, dtype=torch.int64)
         past = self.spikes[node.name][self.running]
         total = past.sum(1) + emitted

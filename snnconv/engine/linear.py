@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +28,10 @@ LARGEST_BYTE = 255
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Allow only convolutions that multiply and add in full precision."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    settings = list(_precisions())
+    before = [getattr(place, name) for place, name, _ in settings]
+    for place, name, exact in settings:
+        setattr(place, name, exact)
     try:
         with (
             torch.no_grad(),
@@ -39,7 +42,22 @@ def exact_arithmetic() -> Iterator[None]:
         ):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        for (place, name, _), value in zip(settings, before, strict=True):
+            setattr(place, name, value)
+
+
+def _precisions() -> Iterator[tuple[Any, str, Any]]:
+    """Yield torch's settings of precision: where, their name, and the exact value.
+
+    torch 2.9 has new ones, and refuses to read the old once one of the new has been set.
+    """
+    mkldnn = torch.backends.mkldnn
+    places = [torch.backends.cuda.matmul, *(getattr(mkldnn, n, None) for n in ("conv", "matmul"))]
+    new = [place for place in places if hasattr(place, "fp32_precision")]
+    if not new:
+        yield torch.backends.cuda.matmul, "allow_tf32", False
+    for place in new:
+        yield place, "fp32_precision", "ieee"
 
 
 def exact_dtype(bound: int) -> torch.dtype:

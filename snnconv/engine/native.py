@@ -9,6 +9,7 @@ handed to them as charge.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -46,8 +47,11 @@ def unavailable() -> str | None:
         kernels.library()
     except UsageError as error:
         return str(error)
-    network = selfcheck.sample()
-    wrong = selfcheck.wrong(Engine(network, selfcheck.TIMESTEPS))
+    try:
+        network = selfcheck.sample()
+        wrong = selfcheck.wrong(Engine(network, selfcheck.TIMESTEPS))
+    except Exception as error:
+        return f"the native engine fails on a test network: {error}"
     if wrong is None:
         return None
     return (
@@ -63,10 +67,12 @@ def _thread_pools() -> ThreadpoolController:
 
 def refusal(network: SpikingNetwork, timesteps: int, device: torch.device | str) -> str | None:
     """Say why the engine cannot simulate a network at T; None if it can."""
-    if (reason := unavailable()) is not None:
-        return reason
     if torch.device(device).type != "cpu":
         return "the native engine runs on CPUs only"
+    if (reason := unavailable()) is not None:
+        return reason
+    if not network.populations:
+        return "the network has no neurons"
     limits = network.count_limits(timesteps)
     for node in network.populations:
         low, high = limits[node.name]
@@ -93,7 +99,7 @@ def _bound(node: Population, limits: dict[str, tuple[int, int]], timesteps: int)
 class Engine(counts.Engine):
     """The native engine for one network at one T, which `refusal` must have nothing against.
 
-    Its buffers serve one simulation at a time.
+    Its buffers serve one simulation at a time; others wait.
     """
 
     name = "native"
@@ -116,25 +122,26 @@ class Engine(counts.Engine):
                     self.borders[synapse.source] = left, right, above, below
         self.plans: dict[int, _Plan] = {}
         self.plan: _Plan
+        self.lock = threading.Lock()
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
-        with self._own_threads():
+        with self._own_threads(torch.get_num_threads()):
             return super().simulate(pixels, schedule)
 
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
         """Compute where every exact schedule ends, in one pass."""
-        with self._own_threads():
+        with self._own_threads(torch.get_num_threads()):
             return super().endpoint(pixels, maps=maps)
 
     @contextmanager
-    def _own_threads(self) -> Iterator[None]:
+    def _own_threads(self, threads: int) -> Iterator[None]:
         """Let the kernels have all threads: torch's, once busy, wait for more by spinning.
 
         Not by `torch.set_num_threads`, which forgets every convolution that was made ready.
         """
-        self.threads = torch.get_num_threads()
-        with _thread_pools().limit(limits=1, user_api="openmp"):
+        with self.lock, _thread_pools().limit(limits=1, user_api="openmp"):
+            self.threads = threads
             yield
 
     def images_at_once(self, steps: int) -> int:
@@ -154,7 +161,8 @@ class Engine(counts.Engine):
         """Have buffers for so many steps and images, the last ones if they are large enough."""
         plan = self.plans.get(steps)
         if plan is None or plan.images < images:
-            plan = self.plans[steps] = _Plan(self, steps, images)
+            with torch.inference_mode(False):  # for later simulations outside of it
+                plan = self.plans[steps] = _Plan(self, steps, images)
         self.plan = plan
 
     def map(self, node: Relay, inputs: list[Any]) -> Any:

@@ -36,7 +36,7 @@ def wrong(engine: counts.Engine) -> str | None:
 
 
 def sample() -> SpikingNetwork:
-    """Return a network with every kind of branch there is a kernel for, at odd sizes."""
+    """Return a network with every kind of branch and every width of block, at odd sizes."""
     draw = torch.Generator().manual_seed(0)
 
     def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -69,6 +69,8 @@ def sample() -> SpikingNetwork:
     shortcut = Synapse(
         "grouped", (), "scale", integers(-99, 99, 24), torch.zeros(24, dtype=torch.int32)
     )
+    uneven = convolution("strided", 32, 64, 3)
+    uneven.attributes["padding"] = (0, 2, 2, 0)
     depthwise = convolution("grouped", 24, 24, 3, groups=24)
     projection = convolution("stem", 24, 20, 1, 2)
     pool = {
@@ -76,7 +78,7 @@ def sample() -> SpikingNetwork:
         "ceil_mode": False,
     }  # fmt: skip
     readout = Synapse(
-        "flat", (), "linear", integers(-127, 128, 4, 24 * 6).to(torch.int8), integers(0, 1, 4)
+        "flat", (), "linear", integers(-127, 128, 4, 32 * 6).to(torch.int8), integers(0, 1, 4)
     )
     nodes = (
         Image("image", (3, 7, 9), (120, 130, 110)),
@@ -84,9 +86,10 @@ def sample() -> SpikingNetwork:
         Relay("pool", "max_pool", ("stem",), (20, 4, 5), pool),
         population("grouped", (24, 4, 5), 1, True, convolution("pool", 24, 20, 3, groups=4)),
         population("joined", (24, 4, 5), 2, False, shortcut, depthwise, projection),
-        population("strided", (24, 2, 3), 3, False, convolution("joined", 24, 24, 3, 2)),
-        Relay("flat", "flatten", ("strided",), (24 * 6,), {}),
-        Readout("logits", (readout,), integers(-99, 99, 4), (4,), 4, 1.0),
+        population("strided", (64, 2, 3), 3, False, convolution("joined", 64, 24, 3, 2)),
+        population("narrow", (32, 2, 3), 4, False, uneven),
+        Relay("flat", "flatten", ("narrow",), (32 * 6,), {}),
+        Readout("logits", (readout,), integers(-99, 99, 4), (4,), 5, 1.0),
     )  # fmt: skip
     preprocessing = Preprocessing((3, 7, 9), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     return SpikingNetwork(nodes, preprocessing, TIMESTEPS)

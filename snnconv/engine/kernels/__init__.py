@@ -20,6 +20,7 @@ from ctypes import (
     c_int64,
     c_uint8,
     c_void_p,
+    sizeof,
 )
 from dataclasses import dataclass, field
 from functools import cache
@@ -129,6 +130,13 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(found[0]))
     except OSError as error:
         raise UsageError(f"the native engine cannot be loaded: {error}") from error
+    try:
+        loaded.snnconv_sizes.restype = c_int64
+        alike = loaded.snnconv_sizes() == sum(map(sizeof, (_Layer, _Branch, _Pool)))
+    except AttributeError:
+        alike = False
+    if not alike:
+        raise UsageError("the native engine was built from other sources; install snnconv anew")
     loaded.snnconv_level_name.restype = c_char_p
     for name, description in (("fire", _Layer), ("settle", _Layer), ("max_pool", _Pool)):
         function = getattr(loaded, f"snnconv_{name}")
@@ -294,8 +302,9 @@ class Call:
         branches = [b.described(s) for b, s in zip(cell.branches, sources, strict=True)]
         _, rows, columns = spatial(out.shape)
         self.level, self.sources = level, sources
+        self.branches = (_Branch * len(branches))(*branches)
         self.layer = _Layer(
-            (_Branch * len(branches))(*branches),
+            self.branches,
             out.described(),
             _Planes(state.data_ptr(), 0, *state.stride()[:3]),
             threshold=cell.threshold.data_ptr(),
@@ -330,6 +339,8 @@ class Call:
         """
         layer = self._ready(values, charge, drive)
         layer.steps, layer.images = spikes.shape[:2]
+        if layer.steps > MOST_STEPS:
+            raise ValueError(f"a block has {layer.steps} steps, and {MOST_STEPS} at most")
         layer.fires, layer.fired = addressof(drive.fires), spikes.data_ptr()
         layer.is_signed = signed
         return bool(library().snnconv_fire(layer, self.level, threads))
@@ -345,7 +356,7 @@ class Call:
     def _ready(self, values: list[Planes], charge: Tensor | None, drive: Drive) -> _Layer:
         layer = self.layer
         constant = charge is None or len(charge) == 1
-        for branch, source, value in zip(layer.branches, self.sources, values, strict=False):
+        for branch, source, value in zip(self.branches, self.sources, values, strict=True):
             moves = len(value.data) > 1
             branch.source.step = source.data.stride(0) if moves else 0
             constant &= not moves

@@ -12,7 +12,7 @@
 #endif
 
 #define LANES 8
-#define LARGEST_TILE_1 8
+#define LARGEST_TILE_1 0
 #define LARGEST_TILE_2 4
 #define LARGEST_TILE_4 0
 

@@ -2,6 +2,7 @@
 
 #include "simd.h"
 
+#include <exception>
 #include <functional>
 #include <thread>
 #include <vector>
@@ -21,16 +22,25 @@ constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
 template <typename Task> void divide(Rows<Task> run, const Task &task, int threads) {
     const int64_t rows = static_cast<int64_t>(task.images) * task.rows;
     if (threads > rows) threads = static_cast<int>(rows);
+    int left = static_cast<int>(rows); // the first rows, which no other thread has taken
     std::vector<std::thread> others;
-    for (int k = 1; k < threads; k++)
-        others.emplace_back(run, std::cref(task), static_cast<int>(rows * k / threads),
-                            static_cast<int>(rows * (k + 1) / threads));
-    run(task, 0, static_cast<int>(threads > 1 ? rows / threads : rows));
+    try {
+        others.reserve(threads);
+        for (int k = threads - 1; k > 0; k--) {
+            const int first = static_cast<int>(rows * k / threads);
+            others.emplace_back(run, std::cref(task), first, left);
+            left = first;
+        }
+    } catch (const std::exception &) { // there are no more threads to be had
+    }
+    run(task, 0, left);
     for (std::thread &other : others)
         other.join();
 }
 
 } // namespace
+
+int64_t snnconv_sizes(void) { return sizeof(Layer) + sizeof(Branch) + sizeof(Pool); }
 
 int snnconv_level(void) {
 #if defined(__x86_64__)

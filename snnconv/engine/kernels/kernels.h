@@ -11,6 +11,9 @@
 // The most steps of a block.
 enum { SNNCONV_MOST_STEPS = 32 };
 
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
 extern "C" {
 
 // Counts of one tensor. `data` is pixel (0, 0) of image 0 at the first step; a convolution may read
@@ -65,6 +68,9 @@ struct Pool {
     int32_t border[4], border_value; // of `out`
 };
 
+// The sizes of Layer, Branch and Pool together: who calls with others has other sources.
+int64_t snnconv_sizes(void);
+
 // The best instruction set of this processor that the library has: see `level_name`.
 int snnconv_level(void);
 
@@ -86,3 +92,6 @@ void snnconv_settle(const Layer *layer, int level, int threads);
 // Take the largest count of every window, at every step.
 void snnconv_max_pool(const Pool *pool, int level, int threads);
 }
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif

@@ -208,11 +208,16 @@ template <bool Settle> Kernel choose(int pixels, int vectors) {
     case 4:
         return choose<Settle, 4>(pixels, std::make_integer_sequence<int, LARGEST_TILE_4>{});
 #endif
+#if LARGEST_TILE_2 > 0
     case 2:
         return choose<Settle, 2>(pixels, std::make_integer_sequence<int, LARGEST_TILE_2>{});
-    default:
+#endif
+#if LARGEST_TILE_1 > 0
+    case 1:
         return choose<Settle, 1>(pixels, std::make_integer_sequence<int, LARGEST_TILE_1>{});
+#endif
     }
+    return nullptr; // no block of this instruction set has so many
 }
 
 int largest_tile(int vectors) {

@@ -3,8 +3,8 @@
 #include "simd.h"
 
 #define LANES 4
-#define LARGEST_TILE_1 4
-#define LARGEST_TILE_2 2
+#define LARGEST_TILE_1 0
+#define LARGEST_TILE_2 0
 #define LARGEST_TILE_4 2
 
 namespace {
