@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,7 @@ def _mib(key: str) -> float:
     raise KeyError(key)
 
 
+@cache
 def _extra_memory_apart(*case: Any) -> float | None:
     """Measure it in a process of its own; None where the system does not tell."""
     if not Path("/proc/self/clear_refs").exists():

@@ -30,8 +30,8 @@ def command(as_json: bool, verbose: bool, quiet: bool) -> None:
     rows += [(name, version or "not installed") for name, version in found["packages"].items()]
     rows += [("platform", found["platform"]), ("cpu", found["cpu"]), ("cores", found["cores"])]
     rows.append(("torch threads", found["threads"] or "unknown"))
-    names = [f"{a['device']}: {a['name']}" for a in found["accelerators"]]
     rows.append(("engine", _engine_text(found["engine"])))
+    names = [f"{a['device']}: {a['name']}" for a in found["accelerators"]]
     rows.append(("accelerators", ", ".join(names) or "none"))
     rows += [(f"{p['package']} fails", p["error"]) for p in found["problems"]]
     console.print_table(None, ["what", "here"], rows)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
-from snnconv.engine import endpoint, simulate
+from snnconv.engine import prepare
+from snnconv.engine.trace import check_size
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import TRACE_TOLERANCE, Traced, difference, flatten_outputs, trace
@@ -100,13 +101,15 @@ def check_equal(
     """
     network = conversion.network
     timesteps = timesteps or network.timesteps
-    end = endpoint(network, pixels, timesteps, maps=True)
+    check_size(network, pixels)
+    engine = prepare(network, timesteps, device=pixels.device)
+    end = engine.endpoint(pixels, maps=True)
     found = verify(
         conversion.traced, conversion.plan, network, pixels, timesteps, end.counts, end.charges
     )
     found.require_equal()
     name = "drain" if network.neuron == "signed" else "wait"
-    course = simulate(network, pixels, network.timetable(timesteps, name=name, drain=None))
+    course = engine.simulate(pixels, network.timetable(timesteps, name=name, drain=None))
     for population in network.populations:
         if not torch.equal(course.counts[population.name], end.counts[population.name]):
             raise NotEqualError(

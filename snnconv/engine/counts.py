@@ -98,8 +98,10 @@ class Engine:
                 else:
                     values[node.name] = self.settle(node, values)
                 if maps or isinstance(node, Population):
-                    dtype = count_dtype(*self.limits[node.name])
-                    counts[node.name] = self.counts(values[node.name])[0].to(dtype)
+                    found = self.counts(values[node.name])[0]
+                    # Sums of poolings may be beyond every integer type: maps stay as they are.
+                    small = count_dtype(*self.limits[node.name])
+                    counts[node.name] = found.to(small) if isinstance(node, Population) else found
             for name in self.last_use.get(position, ()):
                 del values[name]
         return Endpoint(self.timesteps, counts, charges)

@@ -44,14 +44,6 @@ inline Vec floored(Vec numerator, Vec denominator) {
     return reinterpret_cast<Vec>(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
 }
 
-inline void step(Neurons neurons, Vec membrane, Vec threshold, Vec high, Vec is_signed) {
-    const Vec up = (membrane >= threshold) & (neurons.counts < high);
-    const Vec down = (membrane < 0) & (neurons.counts > 0) & is_signed;
-    neurons.counts += down - up;
-    neurons.ups -= up;
-    neurons.downs -= down;
-}
-
 inline Vec dot(Vec sum, int32_t four, Weights w) {
     const __m256i pairs =
         _mm256_maddubs_epi16(_mm256_set1_epi32(four), reinterpret_cast<__m256i>(w));

@@ -13,6 +13,7 @@
 #endif
 
 #define LANES 16
+#define STEP_WITH_MASKS
 #define LARGEST_TILE_1 14
 #define LARGEST_TILE_2 12
 #define LARGEST_TILE_4 6

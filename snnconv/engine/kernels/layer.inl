@@ -2,7 +2,7 @@
 //
 // The including file defines LANES (32-bit numbers in a register), LARGEST_TILE_1, _2 and _4
 // (pixels of a tile of so many registers per pixel), and what needs its instructions: `widened` and
-// `store` (bytes to numbers and back), `step` (neurons fire), `floored` (the
+// `store` (bytes to numbers and back), `step` with STEP_WITH_MASKS (neurons fire), `floored` (the
 // floor of a quotient; doubles are exact enough for it) and `dot` (four products a lane). All is in
 // an unnamed namespace, and functions of the standard library on plain types are left alone:
 // compiled here for one instruction set, they could end up being called by code for another.
@@ -37,14 +37,6 @@ template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Branch &bran
         }
 }
 
-struct Place {
-    int image, row, column, block;
-};
-
-inline int64_t offset(const Planes &planes, const Place &at) {
-    return at.image * planes.image + at.row * planes.row + at.column * planes.pixel;
-}
-
 // The same for a convolution whose channels do not mix.
 template <int P, int Q> inline void convolve_depthwise(Tile<P, Q> &sum, const Branch &branch,
                                                        const uint8_t *corner, const int32_t *w,
@@ -60,6 +52,14 @@ template <int P, int Q> inline void convolve_depthwise(Tile<P, Q> &sum, const Br
                     sum.at[i][q] += weights * widened(p + i * next + LANES * q);
             }
         }
+}
+
+struct Place {
+    int image, row, column, block;
+};
+
+inline int64_t offset(const Planes &planes, const Place &at) {
+    return at.image * planes.image + at.row * planes.row + at.column * planes.pixel;
 }
 
 // Add a convolution's sums at step t, not yet shifted.

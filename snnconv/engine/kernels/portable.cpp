@@ -26,14 +26,6 @@ inline Vec floored(Vec numerator, Vec denominator) {
     return floors;
 }
 
-inline void step(Neurons neurons, Vec membrane, Vec threshold, Vec high, Vec is_signed) {
-    const Vec up = (membrane >= threshold) & (neurons.counts < high);
-    const Vec down = (membrane < 0) & (neurons.counts > 0) & is_signed;
-    neurons.counts += down - up;
-    neurons.ups -= up;
-    neurons.downs -= down;
-}
-
 inline Vec dot(Vec sum, int32_t four, Weights w) {
     for (int lane = 0; lane < LANES; lane++)
         for (int k = 0; k < 4; k++)

@@ -1,4 +1,4 @@
-// Vectors of LANES numbers, and what every instruction set shares. Included after LANES is defined.
+// What every instruction set shares.
 
 #pragma once
 

@@ -17,3 +17,13 @@ template <typename V, typename T> inline V load(const T *p) {
 struct Neurons {
     Vec &counts, &ups, &downs;
 };
+
+#if !defined(STEP_WITH_MASKS)
+inline void step(Neurons neurons, Vec membrane, Vec threshold, Vec high, Vec is_signed) {
+    const Vec up = (membrane >= threshold) & (neurons.counts < high);
+    const Vec down = (membrane < 0) & (neurons.counts > 0) & is_signed;
+    neurons.counts += down - up;
+    neurons.ups -= up;
+    neurons.downs -= down;
+}
+#endif
