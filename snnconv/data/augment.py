@@ -157,7 +157,7 @@ class _Augmented(Dataset[Any]):
         state = np.random.SeedSequence([*self.key, index]).generate_state(3)
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))  # timm's policies draw from the global generators
-        torch.manual_seed(int(state[2]))
+        torch.default_generator.manual_seed(int(state[2]))  # those of GPUs take no part
         try:
             pixels = self.data.images.pixels(index, self.preprocessing, self.transform)
         except UnreadableImage as error:
