@@ -34,6 +34,8 @@ LARGEST_THRESHOLD_LOG2 = 15
 LARGEST_STEM_THRESHOLD_LOG2 = 22
 LARGEST_MEMBRANE_UNIT_LOG2 = 20
 READOUT_FRACTION_BITS = 8
+# A charge is an integer, a point of rounding an integer or a half: both are a quarter away.
+BETWEEN_INTEGERS = 0.25
 # Below so many bits the largest weight is no use as the upper end.
 LEARNT_BELOW_BITS = 5
 
@@ -90,15 +92,16 @@ def rounded(
     In float64 the integers are those of `integerize`; in float32 a weight may be rounded to the
     other side now and then. The tensors hold for images of `Preprocessing.center`, in which a
     pixel of the zero point is 0. The rounding of a threshold is put into weights and bias, since
-    `W x >= theta_int` is `W x clip/theta_int >= clip`.
+    `W x >= theta_int` is `W x clip/theta_int >= clip`. A quarter of an integer is added to every
+    charge, which moves no integer across a threshold, and keeps rounding errors from doing so.
     """
     values = spike_values(qann, preprocessing, dtype)
     integers = _integer_layers(qann, values, timesteps, weight_bits)
     for layer, node in zip(qann.weighted(), integers, strict=True):
         if isinstance(node, Population):
-            unit = node.clip / node.threshold
+            unit, bias = node.clip / node.threshold, node.bias + BETWEEN_INTEGERS / timesteps
         else:
-            unit = torch.full_like(layer.bias, node.unit, dtype=dtype)
+            unit, bias = torch.full_like(layer.bias, node.unit, dtype=dtype), node.bias
         weights, scales = [], []
         for branch, synapse in zip(layer.branches, node.branches, strict=True):
             lcm = math.prod(pool.lcm for pool in branch.pools)
@@ -108,7 +111,7 @@ def rounded(
             inverse = torch.where(worth > 0, 1 / worth, 0.0)
             row = row * scales[-1].view(-1, *[1] * (row.ndim - 1))
             weights.append(times_inputs(branch, row, inverse))
-        yield Rounded(weights, scales, node.bias * unit)
+        yield Rounded(weights, scales, bias * unit)
 
 
 def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
@@ -133,7 +136,8 @@ def _integer_layers(
     check_timesteps(timesteps)
     if not 2 <= weight_bits <= 8:
         raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
-    if any(not bool((layer.clip > 0).all()) for layer in qann.populations()):
+    clips = [layer.clip for layer in qann.populations()]
+    if clips and not bool((torch.cat(clips) > 0).all()):  # one look, for a GPU waits at each
         raise UsageError("the QANN has no clips yet: calibrate it first")
     images = _image_carriers(qann)
     depth = depths(qann.nodes)

@@ -131,11 +131,12 @@ def test_what_training_sees_is_what_is_stored(seed: int) -> None:
         255 * torch.tensor(RANDOM.std, dtype=torch.float64).view(-1, 1, 1)
     )
     assert torch.allclose(RANDOM.center(pixels).double(), images, rtol=1e-5)
-    with torch.no_grad():
-        qann = rounded_qann(copy.deepcopy(conversion.qann).double(), network)
-        logits = qann(images, timesteps, observe=observe)["logits"]
-    for population in network.populations:
-        assert torch.equal(compared[population.name].long(), end.counts[population.name].long())
+    for dtype, given in ((torch.float32, RANDOM.center(pixels)), (torch.float64, images)):
+        with torch.no_grad():
+            qann = rounded_qann(copy.deepcopy(conversion.qann).to(dtype), network)
+            logits = qann(given, timesteps, observe=observe)["logits"]
+        for population in network.populations:
+            assert torch.equal(compared[population.name].long(), end.counts[population.name].long())
     expected = end.logits(network, "logits").double()
     assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 

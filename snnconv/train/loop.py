@@ -357,12 +357,20 @@ class Training:
             "held_out_top1_percent": accuracy,
             "lr": lr,
             "seconds": round(at.seconds, 1),
+            "device": self._hardware(),
         }
         at.loss, at.hits, at.images = 0.0, 0, 0
         if self.metrics is not None and distributed.rank() == 0:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
             at.written = self.metrics.stat().st_size
+
+    def _hardware(self) -> str:
+        """Name what this epoch was trained on: `cpu`, or a GPU by its model."""
+        name = self.device
+        if name.startswith("cuda"):
+            name = torch.cuda.get_device_name(name)
+        return name if distributed.size() == 1 else f"{distributed.size()} x {name}"
 
     def _measure(self) -> tuple[float, float]:
         """Return KL to the float network and top-1 in percent of the integers, on held-out images.
