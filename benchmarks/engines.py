@@ -1,6 +1,6 @@
 """What simulating T steps costs, against one forward pass of the ANN and against SpikingJelly.
 
-    python benchmarks/engines.py [--quick] [--json FILE] [--plot FILE]
+    python benchmarks/engines.py [--quick] [--device cuda] [--json FILE] [--plot FILE]
 
 All run side by side in one process, taking turns, so that what else the machine does falls on all
 of them; the median of the repetitions counts. The ANN is the float network with BatchNorm folded,
@@ -9,7 +9,7 @@ takes exactly T steps, and keep the logits of each; `endpoint` computes their ex
 SpikingJelly 2.0.0 is measured with networks of its own converter, if it is installed (pip install
 'snnconv[benchmarks]'). Weights and images are random: none of these methods skips anything because
 of what they are. Extra memory is the peak above what the process held before, each in a process of
-its own (Linux only).
+its own (Linux only). On a GPU only the clock counts, and memory is what torch has allocated there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import copy
 import ctypes
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -64,29 +65,32 @@ Run = Callable[[], Any]
 class Case:
     """One network at one batch size and T, and every way to run it."""
 
-    def __init__(self, name: str, batch: int, timesteps: int) -> None:
+    def __init__(self, name: str, batch: int, timesteps: int, device: str) -> None:
         """Build the float network and convert it without training."""
         architecture, size = NETWORKS[name]
         torch.manual_seed(0)
-        self.batch, self.timesteps = batch, timesteps
+        self.batch, self.timesteps, self.device = batch, timesteps, device
         preprocessing = Preprocessing((3, size, size), (0.5,) * 3, (0.25,) * 3)
         self.model = timm.create_model(architecture).eval()
         self.network = convert(
             self.model, preprocessing, calibration="bn", timesteps=timesteps
         ).network
-        self.pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+        self.model.to(device)
+        pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+        self.pixels = pixels.to(device)
         self.images = preprocessing.normalize(self.pixels)
 
     def ann(self) -> Run:
         """Return a forward pass of the float network, in the faster layout."""
         from torch.fx.experimental.optimization import fuse
 
-        folded = fuse(trace(self.model, tuple(self.images.shape[1:])).module)
+        traced = trace(copy.deepcopy(self.model).cpu(), tuple(self.images.shape[1:]))
+        folded = fuse(traced.module).to(self.device)
         ways = []
         for layout in (torch.contiguous_format, torch.channels_last):
             module = copy.deepcopy(folded).to(memory_format=layout)
             ways.append(_call(module, self.images.contiguous(memory_format=layout)))
-        return min(ways, key=lambda run: min(_seconds(run)[0] for _ in range(3)))
+        return min(ways, key=lambda run: min(self.seconds(run)[0] for _ in range(3)))
 
     def compiled(self) -> Run:
         """Return a forward pass of the float network as torch.compile makes it."""
@@ -95,23 +99,24 @@ class Case:
 
     def trajectory(self, engine: str) -> Run:
         """Return a simulation of T steps."""
-        ready = prepare(self.network, self.timesteps, engine)
+        ready = prepare(self.network, self.timesteps, engine, self.device)
         schedule = self.network.timetable(name="paper")
         return lambda: ready.simulate(self.pixels, schedule)
 
     def endpoint(self, engine: str) -> Run:
         """Return the computation of the exact end alone."""
-        ready = prepare(self.network, self.timesteps, engine)
+        ready = prepare(self.network, self.timesteps, engine, self.device)
         return lambda: ready.endpoint(self.pixels)
 
     def spikingjelly(self, mode: str) -> Run:
         """Return a simulation of T steps by SpikingJelly, in step mode `s` or `m`."""
         from spikingjelly.activation_based import ann2snn, functional
 
-        data = [(self.images, torch.zeros(self.batch, dtype=torch.long))]
+        data = [(self.images, torch.zeros(self.batch, dtype=torch.long, device=self.device))]
         recipe = ann2snn.RateCodingRecipe(dataloader=data, mode="99.9%")
-        converter = ann2snn.Converter(recipe=recipe, device="cpu")
-        network = converter.convert(_for_spikingjelly(self.model, self.images)).eval()
+        converter = ann2snn.Converter(recipe=recipe, device=self.device)
+        plain = _for_spikingjelly(self.model, self.images).to(self.device)
+        network = converter.convert(plain).eval()
         functional.set_step_mode(network, mode)
 
         def run() -> Tensor:
@@ -128,17 +133,34 @@ class Case:
         found = {"ann": self.ann()}
         if compiled:
             found["ann compiled"] = self.compiled()
-        found |= {engine: self.trajectory(engine) for engine in _ours()}
-        found |= {f"endpoint {engine}": self.endpoint(engine) for engine in _ours()}
+        found |= {engine: self.trajectory(engine) for engine in _ours(self.device)}
+        found |= {f"endpoint {engine}": self.endpoint(engine) for engine in _ours(self.device)}
         try:
             found |= {name: self.spikingjelly(name.split()[1][0]) for name in PEER}
         except ImportError:
             print("SpikingJelly is not installed", file=sys.stderr)
         return found
 
+    def seconds(self, run: Run) -> tuple[float, float]:
+        """Return the processor's and the clock's seconds of a run, after a rest.
 
-def _ours() -> list[str]:
-    return [e for e in OURS if e == "counts" or native.unavailable() is None]
+        Threads that have worked for the run before wait for more by spinning for a while.
+        """
+        time.sleep(REST)
+        self._synchronize()
+        cpu, wall = time.process_time(), time.perf_counter()
+        run()
+        self._synchronize()
+        return time.process_time() - cpu, time.perf_counter() - wall
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _ours(device: str) -> list[str]:
+    natively = device == "cpu" and native.unavailable() is None
+    return [e for e in OURS if e == "counts" or natively]
 
 
 def _for_spikingjelly(model: nn.Module, images: Tensor) -> nn.Module:
@@ -147,7 +169,7 @@ def _for_spikingjelly(model: nn.Module, images: Tensor) -> nn.Module:
     ReLU and poolings become modules, ReLU6 becomes ReLU, and shortcuts that skip pixels and pad
     channels become 1x1 convolutions (1 % of ResNet-20's multiplications).
     """
-    traced = trace(copy.deepcopy(model), tuple(images.shape[1:]))
+    traced = trace(copy.deepcopy(model).cpu(), tuple(images.shape[1:]))
     module = traced.module
     for node in list(module.graph.nodes):
         if node.op == "call_module":
@@ -183,49 +205,46 @@ def _call(module: nn.Module | Callable[..., Any], images: Tensor) -> Run:
     return run
 
 
-def _seconds(run: Run) -> tuple[float, float]:
-    """Return the processor's and the clock's seconds of a run, after a rest.
-
-    Threads that have worked for the run before wait for more by spinning for a while.
-    """
-    time.sleep(REST)
-    cpu, wall = time.process_time(), time.perf_counter()
-    run()
-    return time.process_time() - cpu, time.perf_counter() - wall
-
-
-def measure(name: str, batch: int, timesteps: int, compiled: bool) -> list[dict[str, Any]]:
+def measure(
+    name: str, batch: int, timesteps: int, device: str, compiled: bool
+) -> list[dict[str, Any]]:
     """Run one case in every way, taking turns; return a row for each."""
-    ways = Case(name, batch, timesteps).ways(compiled)
+    case = Case(name, batch, timesteps, device)
+    ways = case.ways(compiled)
     taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    first = sum(_seconds(run)[1] for run in ways.values())
+    first = sum(case.seconds(run)[1] for run in ways.values())
     for _ in range(max(2, min(REPETITIONS, int(SECONDS / first)))):
         for way, run in ways.items():
-            taken[way].append(_seconds(run))
+            taken[way].append(case.seconds(run))
     cpu, wall = (
         {way: statistics.median(t[k] for t in times) for way, times in taken.items()}
         for k in (0, 1)
     )
-    peer = min((cpu[way] for way in PEER if way in cpu), default=None)
+    # A processor that waits for a GPU tells nothing.
+    counted = cpu if device == "cpu" else wall
+    peer = min((counted[way] for way in PEER if way in counted), default=None)
     return [
         {
             "network": name,
             "batch": batch,
             "timesteps": timesteps,
             "engine": way,
-            "ratio_to_ann_cpu": cpu[way] / cpu["ann"],
+            "ratio_to_ann_cpu": cpu[way] / cpu["ann"] if device == "cpu" else None,
             "ratio_to_ann_wall": wall[way] / wall["ann"],
-            "ratio_to_spikingjelly_cpu": None if peer is None else cpu[way] / peer,
+            f"ratio_to_spikingjelly_{'cpu' if device == 'cpu' else 'wall'}": (
+                None if peer is None else counted[way] / peer
+            ),
             "cpu_ms_per_image": 1000 * cpu[way] / batch,
+            "wall_ms_per_image": 1000 * wall[way] / batch,
             "extra_memory_mib": None,
         }
         for way in ways
     ]
 
 
-def extra_memory(name: str, batch: int, timesteps: int, way: str) -> float:
-    """Return the peak memory of one run above what this process holds before it, in MiB."""
-    case = Case(name, batch, timesteps)
+def extra_memory(name: str, batch: int, timesteps: int, way: str, device: str) -> float:
+    """Return the peak memory of one run above what is held before it, in MiB."""
+    case = Case(name, batch, timesteps, device)
     kind, _, engine = way.partition(" ")
     if kind == "ann":
         run = case.ann()
@@ -233,6 +252,12 @@ def extra_memory(name: str, batch: int, timesteps: int, way: str) -> float:
         run = case.endpoint(engine)
     else:
         run = case.spikingjelly(engine[0]) if engine else case.trajectory(way)
+    if device == "cuda":
+        run()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        run()
+        return round((torch.cuda.max_memory_allocated() - held) / 2**20, 1)
     ctypes.CDLL(None).malloc_trim(0)  # else the run takes what building the network has freed
     Path("/proc/self/clear_refs").write_text("5")
     before = _mib("VmRSS")
@@ -257,17 +282,17 @@ def _extra_memory_apart(*case: Any) -> float | None:
     return float(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
 
 
-def report(plan: dict[str, Any], compiled: bool) -> dict[str, Any]:
+def report(plan: dict[str, Any], device: str, compiled: bool) -> dict[str, Any]:
     """Measure everything in a plan, and the memory of `MEMORY_BATCH` images."""
     rows: list[dict[str, Any]] = []
     for name in plan["networks"]:
         for batch in plan["batches"]:
             for timesteps in plan["timesteps"]:
-                found = measure(name, batch, timesteps, compiled)
+                found = measure(name, batch, timesteps, device, compiled)
                 if batch == MEMORY_BATCH:
                     for row in found:
-                        case = name, batch, timesteps, row["engine"]
-                        if timesteps in MEMORY_STEPS and row["engine"] in MEMORY_OF:
+                        case = name, batch, timesteps, row["engine"], device
+                        if timesteps in MEMORY_STEPS and row["engine"] in plan["memory"]:
                             row["extra_memory_mib"] = _extra_memory_apart(*case)
                 rows += found
                 for row in found:
@@ -277,20 +302,25 @@ def report(plan: dict[str, Any], compiled: bool) -> dict[str, Any]:
         "version": __version__,
         "torch": torch.__version__,
         "processor": _processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "instructions": None if native.unavailable() else kernels.levels()[-1],
         "threads": torch.get_num_threads(),
+        "command": shlex.join(["python", "benchmarks/engines.py", *sys.argv[1:]]),
         "rows": rows,
         "growth_of_memory": [
-            {"network": name, "engine": engine, "ratio": _growth(name, engine)}
+            {"network": name, "engine": engine, "ratio": _growth(name, engine, device)}
             for name in plan["networks"]
-            for engine in _ours()
+            for engine in _ours(device)
+            if engine in plan["memory"]
         ],
     }
 
 
-def _growth(name: str, engine: str) -> float | None:
+def _growth(name: str, engine: str, device: str) -> float | None:
     """Return the extra memory of the most steps over that of the fewest."""
-    few, many = (_extra_memory_apart(name, MEMORY_BATCH, steps, engine) for steps in MEMORY_STEPS)
+    few, many = (
+        _extra_memory_apart(name, MEMORY_BATCH, steps, engine, device) for steps in MEMORY_STEPS
+    )
     return many / few if few and many else None
 
 
@@ -304,18 +334,21 @@ def _processor() -> str:
 
 
 def _line(row: dict[str, Any]) -> str:
-    peer = row["ratio_to_spikingjelly_cpu"]
+    peer = row.get("ratio_to_spikingjelly_cpu", row.get("ratio_to_spikingjelly_wall"))
     against = "" if peer is None else f", {peer:.3f} of SpikingJelly"
+    clock = row["ratio_to_ann_wall"]
+    times = f"{clock:6.2f} ANN by the clock"
+    if row["ratio_to_ann_cpu"] is not None:
+        times = f"{row['ratio_to_ann_cpu']:6.2f} ANN ({clock:.2f} by the clock)"
     memory = "" if row["extra_memory_mib"] is None else f", {row['extra_memory_mib']:.0f} MiB"
     return (
         f"{row['network']:18} N={row['batch']:<3} T={row['timesteps']:<3} {row['engine']:20} "
-        f"{row['ratio_to_ann_cpu']:6.2f} ANN ({row['ratio_to_ann_wall']:.2f} by the clock)"
-        f"{against}{memory}"
+        f"{times}{against}{memory}"
     )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the cost against T, and per image against the batch."""
+def plot(rows: list[dict[str, Any]], path: Path, clock: str) -> None:
+    """Draw the cost against T, and per image against the batch, by a clock: `cpu` or `wall`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,16 +358,16 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, len(names), figsize=(4 * len(names), 7), squeeze=False)
     for name, (above, below) in zip(names, axes.T, strict=True):
         for axis, x, held, value in (
-            (above, "timesteps", ("batch", 16), "ratio_to_ann_cpu"),
-            (below, "batch", ("timesteps", 8), "cpu_ms_per_image"),
+            (above, "timesteps", ("batch", 16), f"ratio_to_ann_{clock}"),
+            (below, "batch", ("timesteps", 8), f"{clock}_ms_per_image"),
         ):
             here = [r for r in rows if r["network"] == name and r[held[0]] == held[1]]
             for engine in dict.fromkeys(r["engine"] for r in here):
                 points = sorted((r[x], r[value]) for r in here if r["engine"] == engine)
                 axis.plot(*zip(*points, strict=True), marker="o", label=engine)
             axis.set(xlabel=f"{x} ({held[0]} {held[1]})", yscale="log", title=name)
-        above.set(ylabel="processor time, ANN forwards")
-        below.set(ylabel="processor time per image, ms", xscale="log")
+        above.set(ylabel=f"{clock} time, ANN forwards")
+        below.set(ylabel=f"{clock} time per image, ms", xscale="log")
     axes[0][0].legend(fontsize="small")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -345,24 +378,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two networks, T = 8, 16 images")
     parser.add_argument("--network", choices=NETWORKS, action="append", help="only these")
+    parser.add_argument("--batch", type=int, action="append", help="only these numbers of images")
+    parser.add_argument("--timesteps", type=int, action="append", help="only these T")
+    parser.add_argument("--no-memory", action="store_true", help="measure time only")
     parser.add_argument("--compiled", action="store_true", help="torch.compile's ANN beside")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     register()
     if arguments.memory:
-        name, batch, timesteps, way = arguments.memory
-        print(extra_memory(name, int(batch), int(timesteps), way))
+        name, batch, timesteps, way, device = arguments.memory
+        print(extra_memory(name, int(batch), int(timesteps), way, device))
         return
     plan = dict(QUICK if arguments.quick else FULL)
-    if arguments.network:
-        plan["networks"] = arguments.network
-    found = report(plan, arguments.compiled)
+    for key, chosen in (
+        ("networks", arguments.network),
+        ("batches", arguments.batch),
+        ("timesteps", arguments.timesteps),
+    ):
+        plan[key] = chosen or plan[key]
+    plan["memory"] = () if arguments.no_memory else MEMORY_OF
+    found = report(plan, arguments.device, arguments.compiled)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
-        plot(found["rows"], arguments.plot)
+        plot(found["rows"], arguments.plot, "cpu" if arguments.device == "cpu" else "wall")
 
 
 if __name__ == "__main__":

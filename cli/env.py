@@ -31,8 +31,9 @@ def command(as_json: bool, verbose: bool, quiet: bool) -> None:
     rows += [("platform", found["platform"]), ("cpu", found["cpu"]), ("cores", found["cores"])]
     rows.append(("torch threads", found["threads"] or "unknown"))
     rows.append(("engine", _engine_text(found["engine"])))
-    names = [f"{a['device']}: {a['name']}" for a in found["accelerators"]]
-    rows.append(("accelerators", ", ".join(names) or "none"))
+    rows += [(a["device"], _accelerator_text(a)) for a in found["accelerators"]]
+    if not found["accelerators"]:
+        rows.append(("accelerators", "none"))
     rows += [(f"{p['package']} fails", p["error"]) for p in found["problems"]]
     console.print_table(None, ["what", "here"], rows)
 
@@ -80,6 +81,28 @@ def _engine_text(engine: dict[str, Any]) -> str:
     return f"{engine['name']}: {engine['reason']}"
 
 
+def _accelerator_text(accelerator: dict[str, Any]) -> str:
+    engine = accelerator["engine"]
+    fast = [name for name in ("int8", "triton") if engine[name] is None]
+    slow = [f"not {name}: {engine[name]}" for name in ("int8", "triton") if engine[name]]
+    return f"{accelerator['name']}, counts engine with {', '.join([*fast, *slow])}"
+
+
+def _counts_engine(device: str) -> dict[str, str | None]:
+    """Say why the counts engine's fast ways do not serve on a device; None where they do."""
+    import torch
+
+    from snnconv.engine import scan
+    from snnconv.engine.linear import bytes_multiply
+
+    place = torch.device(device)
+    multiply = bytes_multiply(place)
+    return {
+        "int8": None if multiply else "torch has no exact product of int8 matrices there",
+        "triton": scan.unavailable(place),
+    }
+
+
 def _explain(error: Exception) -> str:
     from .main import explain
 
@@ -124,6 +147,8 @@ def _torch() -> tuple[int | None, list[dict[str, Any]]]:
             accelerators.append({"device": f"cuda:{index}", "name": found.name, "memory_gib": gib})
         if torch.backends.mps.is_available():
             accelerators.append({"device": "mps", "name": "Apple GPU", "memory_gib": None})
+        for accelerator in accelerators:
+            accelerator["engine"] = _counts_engine(accelerator["device"])
         return torch.get_num_threads(), accelerators
     except Exception:
         return None, accelerators

@@ -54,3 +54,15 @@ def test_it_works_when_torch_and_timm_do_not(
     monkeypatch.setattr(env, "environment", lambda: found)
     assert env.command.main(args=[], standalone_mode=False) is None
     assert "timm fails" in capsys.readouterr().out
+
+
+def test_accelerators_say_how_fast_their_engine_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = env.environment()
+    engine = {"int8": None, "triton": "it has no compiler"}
+    found["accelerators"] = [{"device": "cuda:0", "name": "GPU", "memory_gib": 8, "engine": engine}]
+    monkeypatch.setattr(env, "environment", lambda: found)
+    assert env.command.main(args=[], standalone_mode=False) is None
+    out = " ".join(capsys.readouterr().out.split())
+    assert "GPU, counts engine with int8, not triton: it has no compiler" in out

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from networks import NETWORKS, converted, images
+from random_networks import RandomNetwork
 from test_engine import SCHEDULES, differences
-from test_train import Digits
+from test_train import RANDOM, Digits, noise
 
-from snnconv.engine import endpoint, simulate
+from snnconv.engine import counts, endpoint, reference, scan, simulate
+from snnconv.engine.linear import bytes_multiply
 from snnconv.engine.trace import Trace
+from snnconv.network import SpikingNetwork
+from snnconv.normalize import with_settings
+from snnconv.pipeline import convert
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,20 +34,67 @@ def on_cpu(trace: Trace) -> Trace:
     return replace(trace, last_spike=trace.last_spike.cpu(), **moved)
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS))
-def test_engines_on_a_gpu_are_the_reference_on_the_cpu(name: str) -> None:
-    network, pixels = converted(name).network, images(5)
-    for options in SCHEDULES:
-        schedule = network.timetable(5, **options)
-        expected = simulate(network, pixels, schedule, "reference")
-        for engine in ("counts", "reference"):
-            found = on_cpu(simulate(network, pixels.cuda(), schedule, engine))
-            assert not differences(found, expected), (options, engine)
-    end = endpoint(network, pixels.cuda(), 40)
-    expected_end = endpoint(network, pixels, 40, "reference")
+def require_equal(
+    network: SpikingNetwork,
+    pixels: torch.Tensor,
+    timesteps: int,
+    schedules: list[dict[str, Any]] = SCHEDULES,
+) -> None:
+    engine, truth = (
+        counts.Engine(network, timesteps, "cuda"),
+        reference.Engine(network, timesteps, "cpu"),
+    )
+    for options in schedules:
+        schedule = network.timetable(timesteps, **options)
+        found = on_cpu(engine.simulate(pixels.cuda(), schedule))
+        assert not differences(found, truth.simulate(pixels, schedule)), options
+    end, expected = engine.endpoint(pixels.cuda()), truth.endpoint(pixels)
     for what in ("counts", "charges"):
-        for key, value in getattr(expected_end, what).items():
+        for key, value in getattr(expected, what).items():
             assert torch.equal(getattr(end, what)[key].cpu().long(), value.long()), key
+
+
+@pytest.mark.parametrize("neuron", ["signed", "unsigned"])
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_the_counts_engine_is_the_reference(name: str, neuron: str) -> None:
+    network = with_settings(converted(name).network, neuron=neuron)
+    for timesteps in (1, 5):
+        require_equal(network, images(5), timesteps)
+    require_equal(network, images(5), 150, [{"name": "paper"}])  # counts are no bytes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_on_random_networks_too(seed: int) -> None:
+    pixels = noise(RANDOM, 4, seed)
+    timesteps = (1, 3, 7, 15)[seed % 4]
+    network = convert(RandomNetwork(seed), RANDOM, [pixels], timesteps=timesteps).network
+    require_equal(network, pixels, timesteps)
+
+
+def test_the_reference_runs_on_a_gpu() -> None:
+    network, pixels = converted("residual").network, images(3)
+    schedule = network.timetable(5)
+    found = on_cpu(simulate(network, pixels.cuda(), schedule, "reference"))
+    assert not differences(found, simulate(network, pixels, schedule, "reference"))
+
+
+def test_fast_ways_are_taken_and_their_absence_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = torch.device("cuda")
+    if (reason := scan.unavailable(place)) is not None:
+        pytest.skip(reason)
+    assert bytes_multiply(place)
+    network, pixels = converted("residual").network, images(5)
+    engine = counts.Engine(network, 5, "cuda")
+    found = engine.endpoint(pixels.cuda())
+    assert {engine.charge(p).dtype for p in network.populations} == {torch.int32}
+    assert sum(b is not None for p in network.populations for b in engine.charge(p).in_bytes) > 5
+    monkeypatch.setattr(scan, "unavailable", lambda device: "not wanted")
+    monkeypatch.setattr("snnconv.engine.linear.bytes_multiply", lambda device: False)
+    require_equal(network, images(5), 5)
+    plain = endpoint(network, pixels.cuda(), 5)
+    assert all(torch.equal(found.counts[name], plain.counts[name]) for name in plain.counts)
 
 
 @pytest.mark.parametrize("amp", [False, True])

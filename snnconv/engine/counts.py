@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnconv.engine import scan
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
 from snnconv.engine.trace import Endpoint, Trace
 from snnconv.network import Image, Population, Readout, SpikingNetwork, count_dtype
@@ -30,8 +31,10 @@ from snnconv.schedule import Schedule
 
 # Steps computed at once. Blocks end at multiples of T, where `wait` changes layers.
 BLOCK_STEPS = 8
-# Images at once: as many as keep one block of the largest layer within this many numbers.
+# Images at once: as many as keep one block of the largest layer within this many numbers; a GPU
+# has more to do at once.
 BLOCK_NUMBERS = 2**22
+GPU_NUMBERS = 2**25
 
 
 class Engine:
@@ -50,6 +53,8 @@ class Engine:
         self.network, self.timesteps = network, timesteps
         self.device = torch.device(device)
         self.limits = network.count_limits(timesteps)
+        # The membrane's type is int32 where one kernel scans a block of steps.
+        self.scans = scan.unavailable(self.device) is None
         self._charges: dict[str, Charge] = {}
         self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
         self.last_use = last_uses(list(network.nodes))
@@ -57,7 +62,9 @@ class Engine:
     def charge(self, node: Population | Readout) -> Charge:
         """Return the linear part of a node, its weights converted when it is first asked for."""
         if node.name not in self._charges:
-            self._charges[node.name] = Charge(node, self.limits, self.timesteps, self.device)
+            self._charges[node.name] = Charge(
+                node, self.limits, self.timesteps, self.device, int32=self.scans
+            )
         return self._charges[node.name]
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
@@ -124,13 +131,16 @@ class Engine:
         """Return clip(floor((charge + V0)/theta), low, high), writing over `charge`.
 
         A correctly rounded quotient of integers has the right floor as long as they are exact in
-        the type: v/theta is at least 1/theta below the next integer k, and k theta is about v.
+        a float type: v/theta is at least 1/theta below the next integer k, and k theta is about v.
         """
         low, high = self.limits[node.name]
         threshold = per_channel(node.threshold.to(charge.device), charge.ndim - 1)
         charge += initial_membrane(threshold, self.network.initial_membrane)
-        charge.div_(threshold.to(charge.dtype)).floor_().clamp_(low, high)
-        return charge.to(course_dtype(low, high))
+        if charge.is_floating_point():
+            charge.div_(threshold.to(charge.dtype)).floor_()
+        else:
+            charge.div_(threshold, rounding_mode="floor")
+        return charge.clamp_(low, high).to(course_dtype(low, high))
 
     def begin(self, steps: int, images: int) -> None:
         """Get ready for blocks of so many steps, or an end point, of so many images."""
@@ -155,7 +165,8 @@ class Engine:
     def images_at_once(self, steps: int) -> int:
         """Return how many images to run at once, for planes of so many steps."""
         largest = max(torch.Size(n.shape).numel() for n in self.network.nodes)
-        return max(1, BLOCK_NUMBERS // (steps * largest))
+        numbers = BLOCK_NUMBERS if self.device.type == "cpu" else GPU_NUMBERS
+        return max(1, numbers // (steps * largest))
 
     def simulation(self, pixels: Tensor, schedule: Schedule) -> Simulation:
         """Begin a simulation of some images."""
@@ -315,6 +326,12 @@ class Simulation:
 
     def charge(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
         """Return the accumulated charge, `[steps, N, C, ...]`, or one step if it is constant."""
+        total = self.arrived(node, values, steps)
+        injected = self._injections(steps, node.depth)
+        return total + self.engine.charge(node).bias_charge(injected, total.ndim)
+
+    def arrived(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
+        """Return the accumulated charge without the bias."""
         charge = self.engine.charge(node)
         total: Tensor | None = None
         for i, synapse in enumerate(node.branches):
@@ -324,7 +341,7 @@ class Simulation:
                 current = current * held.view(-1, *[1] * (current.ndim - 1))
             total = current if total is None else total + current
         assert total is not None
-        return total + charge.bias_charge(self._injections(steps, node.depth), total.ndim)
+        return total
 
     def _read(self, node: Readout, charge: Tensor, steps: int) -> None:
         whole = charge.long().expand(steps, *charge.shape[1:])
@@ -342,16 +359,11 @@ class Simulation:
         active = [self.schedule.fires(t, node.depth) for t in steps]
         if not any(active):
             return state[None].clone(memory_format=torch.preserve_format)
-        target = self.engine.settled(node, self.charge(node, values, steps))
-        down = -1 if self.network.signed(node) else 0
-        counts = laid_out((len(steps), *state.shape), state.dtype, self.device)
-        here = torch.zeros_like(fired)  # as integers: float32 ends at 2^24
-        for i, fires in enumerate(active):
-            if fires:
-                spikes = torch.sub(target[i if len(target) > 1 else 0], state).clamp_(down, 1)
-                state += spikes
-                here[i] = rows(spikes.abs_()).sum(1, dtype=torch.int32)
-            counts[i] = state
+        if self.engine.charge(node).dtype == torch.int32:
+            counts, here = self._fire_at_once(node, values, steps, active)
+        else:
+            counts, here = self._fire_by_step(node, values, steps, active)
+        state.copy_(counts[-1])
         fired += here
         emitted = here.sum(0)
         net = rows(state).sum(1, dtype=torch.int64)
@@ -359,6 +371,42 @@ class Simulation:
         total = past.sum(1) + emitted
         self.spikes[node.name][self.running] = torch.stack([total + net, total - net], 1) // 2
         return counts if bool(here.any()) else counts[:1]
+
+    def _fire_by_step(
+        self, node: Population, values: dict[str, Any], steps: range, active: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the counts after each step, and how many neurons fired, `[steps, N]`."""
+        count = self.state[node.name]
+        target = self.engine.settled(node, self.charge(node, values, steps))
+        down = -1 if self.network.signed(node) else 0
+        counts = laid_out((len(steps), *count.shape), count.dtype, self.device)
+        # As integers: float32 ends at 2^24.
+        here = torch.zeros(len(steps), len(count), dtype=torch.int64, device=self.device)
+        for i, fires in enumerate(active):
+            counts[i] = count
+            if fires:
+                spikes = torch.sub(target[i if len(target) > 1 else 0], count).clamp_(down, 1)
+                counts[i] += spikes
+                here[i] = rows(spikes.abs_()).sum(1, dtype=torch.int32)
+            count = counts[i]
+        return counts, here
+
+    def _fire_at_once(
+        self, node: Population, values: dict[str, Any], steps: range, active: list[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """Do the same with one kernel."""
+        injected = [self.schedule.bias_steps(t, node.depth) for t in steps]
+        timetable = torch.tensor([injected, active], dtype=torch.int32, device=self.device)
+        start = initial_membrane(node.threshold, self.network.initial_membrane)
+        rows = torch.stack([node.bias, node.threshold, start]).to(self.device, torch.int32)
+        return scan.scan(
+            self.arrived(node, values, steps),
+            timetable,
+            rows,
+            self.state[node.name],
+            self.engine.limits[node.name],
+            self.network.signed(node),
+        )
 
 
 def _join(parts: list[Trace]) -> Trace:

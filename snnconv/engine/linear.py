@@ -2,7 +2,8 @@
 
 Sums of integers are exact in float32 while every partial sum stays below 2^24, in float64 below
 2^53, in any order of summation. Each layer gets the narrowest type its bounds allow. Only
-algorithms that multiply and add may run: no Winograd, no FFT, no TF32.
+algorithms that multiply and add may run: no Winograd, no FFT, no TF32. Where torch multiplies bytes
+(oneDNN on CPUs, tensor cores on GPUs), layers whose counts are bytes do.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from snnconv.errors import SnnconvError
@@ -22,7 +24,7 @@ from snnconv.quant import apply_weight
 
 EXACT_FLOAT32 = 2**24
 EXACT_FLOAT64 = 2**53
-LARGEST_BYTE = 255
+INT32 = 2**31
 
 
 @contextmanager
@@ -75,19 +77,23 @@ def exact_dtype(bound: int) -> torch.dtype:
 
 
 @cache
-def bytes_multiply() -> bool:
-    """Return whether torch convolves bytes exactly on this CPU.
+def bytes_multiply(device: torch.device) -> bool:
+    """Return whether torch multiplies bytes exactly on a device.
 
-    oneDNN's int8 convolutions are not part of torch's public interface and add in 16 bits on
-    processors without VNNI, so they are tried at the largest values there are.
+    Neither oneDNN's int8 convolutions, which add in 16 bits on processors without VNNI, nor int8
+    products of matrices are part of torch's public interface, so they are tried at the largest
+    values there are.
     """
-    counts = torch.full((1, 64, 4, 4), 255, dtype=torch.uint8)
+    kind = BYTES.get(device.type)
+    if kind is None:
+        return False
+    counts = torch.full((1, 64, 4, 4), kind.highest, dtype=torch.int16)
     weight = torch.full((16, 64, 3, 3), 127, dtype=torch.int8)
     weight[1::2] = -127
     attributes = {"stride": (1, 1), "padding": (1,) * 4, "dilation": (1, 1), "groups": 1}
     synapse = Synapse("", (), "conv", weight, torch.zeros(16, dtype=torch.int32), attributes)
     try:
-        found = _ByteConvolution(synapse)(counts)
+        found = kind(synapse, device)(counts.to(device)).cpu()
     except (AttributeError, RuntimeError, TypeError):
         return False
     return torch.equal(found.double(), _linear(synapse, weight.double(), counts.double()))
@@ -96,7 +102,15 @@ def bytes_multiply() -> bool:
 class _ByteConvolution:
     """A convolution of counts from 0 to 255 by oneDNN, on the CPU."""
 
-    def __init__(self, synapse: Synapse) -> None:
+    lowest, highest = 0, 255
+
+    @staticmethod
+    def takes(synapse: Synapse) -> bool:
+        """Return whether the synapse is a convolution with the same padding on both sides."""
+        left, right, above, below = synapse.attributes.get("padding", (0, 1, 0, 0))
+        return synapse.kind == "conv" and (left, above) == (right, below)
+
+    def __init__(self, synapse: Synapse, device: torch.device) -> None:
         """Pack the weights."""
         attributes, rows = synapse.attributes, len(synapse.weight)
         left, _, above, _ = attributes["padding"]
@@ -112,7 +126,8 @@ class _ByteConvolution:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Convolve uint8 `[N, C, H, W]`; the sums are float32, exact below 2^24."""
+        """Convolve `[N, C, H, W]`; the sums are float32, exact below 2^24."""
+        x = x.view(torch.uint8) if x.dtype == torch.int8 else x.to(torch.uint8)
         result: Tensor = torch.ops.onednn.qconv2d_pointwise(
             x.contiguous(memory_format=torch.channels_last), 1.0, 0, self.weight, self.scales,
             self.zeros, None, *self.geometry, 1.0, 0, torch.float32, "none", [], "",
@@ -120,11 +135,77 @@ class _ByteConvolution:
         return result
 
 
+class _ByteProduct:
+    """A linear map of counts from -128 to 127 as a product of int8 matrices, in int32.
+
+    A convolution's windows become the rows of a matrix. On GPUs this runs on tensor cores.
+    """
+
+    lowest, highest = -128, 127
+    # What torch asks of the matrices: more rows than this, and multiples of this.
+    ROWS, MULTIPLE = 16, 16
+
+    @staticmethod
+    def takes(synapse: Synapse) -> bool:
+        """Return whether the synapse is a linear map of all channels at once."""
+        return synapse.kind == "linear" or synapse.attributes.get("groups") == 1
+
+    def __init__(self, synapse: Synapse, device: torch.device) -> None:
+        """Lay the weights out, with zeros up to a multiple of what is asked."""
+        self.attributes = synapse.attributes
+        weight = synapse.weight.to(device)
+        self.kernel = tuple(weight.shape[2:])
+        weight = weight.movedim(1, -1).flatten(1)
+        self.rows, self.columns = weight.shape
+        missing = [-n % self.MULTIPLE for n in (self.columns, self.rows)]
+        self.weight = F.pad(weight, (0, missing[0], 0, missing[1])).contiguous().t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map `[N, C, H, W]` or `[N, F]`; the channels of the result are last in memory."""
+        x = x.to(torch.int8).movedim(1, -1)
+        windows = self._windows(x) if self.kernel else x
+        lead = windows.shape[: 3 if self.kernel else 1]
+        matrix = windows.reshape(-1, self.columns)
+        count = len(matrix)
+        missing = max(0, self.ROWS + 1 - count), len(self.weight) - self.columns
+        if any(missing):
+            matrix = F.pad(matrix, (0, missing[1], 0, missing[0]))
+        result = torch._int_mm(matrix.contiguous(), self.weight)[:count, : self.rows]
+        return result.reshape(*lead, self.rows).movedim(-1, 1)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """Return the windows `[N, H', W', kh, kw, C]` of `[N, H, W, C]`."""
+        left, right, above, below = self.attributes["padding"]
+        if left or right or above or below:
+            x = F.pad(x, (0, 0, left, right, above, below))
+        x = x.contiguous()
+        spans = [
+            (d * (k - 1) + 1, s)
+            for d, k, s in zip(
+                self.attributes["dilation"], self.kernel, self.attributes["stride"], strict=True
+            )
+        ]
+        outputs = [(n - span) // s + 1 for n, (span, s) in zip(x.shape[1:3], spans, strict=True)]
+        image, row, column, channel = x.stride()
+        (_, down), (_, across) = spans
+        below, aside = self.attributes["dilation"]
+        return x.as_strided(
+            (len(x), *outputs, *self.kernel, x.shape[-1]),
+            (image, row * down, column * across, row * below, column * aside, channel),
+        )
+
+
+BYTES: dict[str, type[_ByteConvolution | _ByteProduct]] = {
+    "cpu": _ByteConvolution,
+    "cuda": _ByteProduct,
+}
+
+
 class Charge:
     """The linear part of one population or readout, ready to run.
 
     `limits` are the lowest and highest counts of every node (`SpikingNetwork.count_limits`).
-    `dtype` is the type of the membrane.
+    `dtype` is the type of the membrane: a float type, or int32 where it is asked for and enough.
     """
 
     def __init__(
@@ -133,30 +214,32 @@ class Charge:
         limits: dict[str, tuple[int, int]],
         timesteps: int,
         device: torch.device,
+        int32: bool = False,
     ) -> None:
         """Convert the weights once."""
-        self.dtype = exact_dtype(membrane_bound(node, limits, timesteps))
+        bound = membrane_bound(node, limits, timesteps)
+        self.dtype = torch.int32 if int32 and bound < INT32 else exact_dtype(bound)
         self.bias = node.bias.to(device, self.dtype)
         self.branches = []
-        self.in_bytes: list[_ByteConvolution | None] = []
+        self.in_bytes: list[_ByteConvolution | _ByteProduct | None] = []
+        kind = BYTES.get(device.type)
         for synapse in node.branches:
             low, high = limits[synapse.source]
             bound = int(charge_bounds(synapse, low, high).max())
             dtype = exact_dtype(max(bound, -low, high))
             weight = synapse.weight.to(device, dtype)
-            factor = torch.exp2(synapse.shift.to(device, self.dtype))
+            factor = torch.exp2(synapse.shift.float()).to(device, self.dtype)
             plain = not bool(synapse.shift.any())
             self.branches.append((synapse, weight, None if plain else factor))
-            left, right, above, below = synapse.attributes.get("padding", (0, 1, 0, 0))
             suits = (
-                synapse.kind == "conv"
-                and (low, left, above) == (0, right, below)
-                and high <= LARGEST_BYTE
+                kind is not None
+                and kind.takes(synapse)
+                and kind.lowest <= low
+                and high <= kind.highest
                 and bound < EXACT_FLOAT32
-                and device.type == "cpu"
-                and bytes_multiply()
+                and bytes_multiply(device)
             )
-            self.in_bytes.append(_ByteConvolution(synapse) if suits else None)
+            self.in_bytes.append(kind(synapse, device) if kind and suits else None)
 
     def current(self, index: int, x: Tensor) -> Tensor:
         """Return `(W * x) << m` of one branch; `x` is `[..., C, H, W]` or `[..., F]` counts.
@@ -167,7 +250,6 @@ class Charge:
         lead, x = x.shape[:2], x.flatten(0, 1)
         convolution = self.in_bytes[index]
         if convolution is not None:
-            x = x.view(torch.uint8) if x.dtype == torch.int8 else x.to(torch.uint8)
             result = _pooled(synapse, convolution(x)).to(self.dtype)
         else:
             result = _linear(synapse, weight, x.to(weight.dtype)).to(self.dtype)

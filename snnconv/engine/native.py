@@ -107,6 +107,7 @@ class Engine(counts.Engine):
     def __init__(self, network: SpikingNetwork, timesteps: int, level: int | None = None) -> None:
         """Pack the weights for the processor's instruction set, or that of a `level` below it."""
         super().__init__(network, timesteps)
+        self.scans = False  # its own kernels do
         self.level = len(kernels.levels()) - 1 if level is None else level
         self.threads = torch.get_num_threads()
         self.in_bytes = _in_bytes(network, self.limits)
