@@ -20,6 +20,7 @@ from torch import Tensor
 
 from snnconv.errors import UsageError
 from snnconv.network import Image, Node, Population, Readout, SpikingNetwork, Synapse, depths
+from snnconv.ops import constant
 from snnconv.plan import Relay, Source
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Branch, Layer, Qann
@@ -54,14 +55,22 @@ def integerize(
     `settings` are further fields of SpikingNetwork. Raises UsageError if bits or T are out of
     range or the QANN has not been calibrated.
     """
+    check_timesteps(timesteps)
+    if any(not bool((layer.clip > 0).all()) for layer in qann.populations()):
+        raise UsageError("the QANN has no clips yet: calibrate it first")
     values = spike_values(qann, preprocessing)
     layers = _integer_layers(qann, values, timesteps, weight_bits)
     nodes: list[Node] = []
     for node in qann.nodes:
         if isinstance(node, Source):
             nodes.append(Image(node.name, node.shape, preprocessing.zero_point))
+        elif isinstance(node, Relay):
+            nodes.append(node)
         else:
-            nodes.append(node if isinstance(node, Relay) else next(layers))
+            layer = next(layers)
+            if isinstance(layer, Readout):
+                layer = replace(layer, unit=float(layer.unit))
+            nodes.append(layer)
     return SpikingNetwork(
         tuple(nodes), preprocessing, timesteps, weight_bits=weight_bits, **settings
     )
@@ -101,7 +110,7 @@ def rounded(
         if isinstance(node, Population):
             unit, bias = node.clip / node.threshold, node.bias + BETWEEN_INTEGERS / timesteps
         else:
-            unit, bias = torch.full_like(layer.bias, node.unit, dtype=dtype), node.bias
+            unit, bias = torch.ones_like(layer.bias, dtype=dtype) * node.unit, node.bias
         weights, scales = [], []
         for branch, synapse in zip(layer.branches, node.branches, strict=True):
             lcm = math.prod(pool.lcm for pool in branch.pools)
@@ -133,12 +142,8 @@ def _integer_layers(
 
     `values` are its `spike_values`; their number type is the one it computes in.
     """
-    check_timesteps(timesteps)
     if not 2 <= weight_bits <= 8:
         raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
-    clips = [layer.clip for layer in qann.populations()]
-    if clips and not bool((torch.cat(clips) > 0).all()):  # one look, for a GPU waits at each
-        raise UsageError("the QANN has no clips yet: calibrate it first")
     images = _image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)
@@ -171,9 +176,10 @@ def spike_values(
     device = next(qann.parameters()).device
     for node in qann.nodes:
         if isinstance(node, Source):
-            std = torch.tensor(preprocessing.std, dtype=dtype, device=device)
-            mean = torch.tensor(preprocessing.mean, dtype=dtype, device=device)
-            zero = torch.tensor(preprocessing.zero_point, dtype=dtype, device=device)
+            std, mean, zero = (
+                constant(tuple(v), dtype, device)
+                for v in (preprocessing.std, preprocessing.mean, preprocessing.zero_point)
+            )
             values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
         elif isinstance(node, Relay):
             values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
@@ -355,14 +361,17 @@ def _population(
 
 
 def _readout(layer: Layer, values: dict[str, tuple[Tensor, Tensor]], depth: int) -> Readout:
-    """Round a readout; all its classes share one unit, so that their charges compare."""
+    """Round a readout; all its classes share one unit, so that their charges compare.
+
+    It stays a tensor, for reading it would wait for a GPU.
+    """
     rows, bias = _rows(layer, values)
     largest = _weighted_scale(layer, rows, bits=8).max()
     floor = torch.cat([bias.abs(), *(r.abs().flatten() for r in rows)]).max() / 2**15
     scale = torch.maximum(largest, floor.clamp_min(1e-12)).expand(len(bias))
     fraction = torch.full_like(scale, READOUT_FRACTION_BITS)
     synapses, m = _synapses(layer, rows, scale, torch.stack([fraction, fraction]), bits=8)
-    unit = float(scale[0] * 2.0 ** -m[0])
+    unit: Any = scale[0] * 2.0 ** -m[0]
     return Readout(
         layer.name, synapses, (bias / unit).round().to(torch.int32), layer.shape, depth, unit
     )

@@ -11,12 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 Window = tuple[int, int, int]  # first row, one past the last row, rows to divide by
+
+
+@lru_cache(maxsize=256)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a vector that nobody may change, made once: a copy to a GPU would wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -49,11 +57,11 @@ class Pool:
             for b in self.w
         )
 
-    def factors(self) -> Tensor:
-        """Return the integer factor `lcm / divisor` of every position, int64 `[H, W]`."""
-        h = torch.tensor([size for _, _, size in self.h])
-        w = torch.tensor([size for _, _, size in self.w])
-        return self.lcm // (h[:, None] * w[None, :])
+    def factors(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return the integer factor `lcm / divisor` of every position, `[H, W]`."""
+        lcm = self.lcm
+        factors = tuple(lcm // (a[2] * b[2]) for a in self.h for b in self.w)
+        return constant(factors, dtype, device).view(len(self.h), len(self.w))
 
 
 def pool_windows(
@@ -100,9 +108,9 @@ def window_sum(x: Tensor, pool: Pool) -> Tensor:
         for offset in range(max(end - start for start, end, _ in windows)):
             inside = [start + offset < end for start, end, _ in windows]
             index = [start + offset * i for (start, _, _), i in zip(windows, inside, strict=True)]
-            part = x.index_select(axis, torch.tensor(index, device=x.device))
+            part = x.index_select(axis, constant(tuple(index), torch.int64, x.device))
             if not all(inside):
-                mask = torch.tensor(inside, device=x.device).to(x.dtype)
+                mask = constant(tuple(inside), x.dtype, x.device)
                 part = part * (mask[:, None] if axis == 2 else mask)
             total = part if total is None else total + part
         assert total is not None
@@ -112,7 +120,7 @@ def window_sum(x: Tensor, pool: Pool) -> Tensor:
 
 def sum_pool(x: Tensor, pool: Pool) -> Tensor:
     """Return `lcm` times the average of every window: an integer for integer inputs."""
-    return window_sum(x, pool) * pool.factors().to(x)
+    return window_sum(x, pool) * pool.factors(x.dtype, x.device)
 
 
 def average_pool(x: Tensor, pool: Pool) -> Tensor:

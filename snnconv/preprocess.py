@@ -95,7 +95,9 @@ class Preprocessing:
 
 
 def _per_channel(pixels: Tensor, values: tuple[float, ...]) -> Tensor:
-    return pixels.new_tensor(values).view(-1, 1, 1)
+    from snnconv.ops import constant
+
+    return constant(values, pixels.dtype, pixels.device).view(-1, 1, 1)
 
 
 def overridden(known: Preprocessing, **values: Any) -> Preprocessing:

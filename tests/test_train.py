@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from networks import PREPROCESSING as SMALL
-from networks import Residual
+from networks import Residual, converted
 from random_networks import SIZE, RandomNetwork
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from snnconv.calibrate import calibrate_
 from snnconv.checkpoint import save_network
@@ -168,6 +169,37 @@ def test_every_parameter_of_few_bits_gets_a_gradient() -> None:
     after = integerize(qann, SMALL, 3, weight_bits=2).populations[1].branches[0].weight
     assert share.grad is not None and float(share.grad.abs().sum()) > 0
     assert int(after.abs().sum()) > int(before.abs().sum())  # a lower upper end: fewer zeros
+
+
+class Waiting(TorchDispatchMode):
+    """Lists the operations for which a GPU would have to wait: it could not record them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if str(function).split(".")[1] in ("_local_scalar_dense", "lift_fresh", "nonzero"):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("name", ["residual", "pools", "depthwise", "concat"])
+def test_a_step_never_waits_for_a_value(name: str, bits: int) -> None:
+    conversion = converted(name)
+    student = Student(conversion.traced, conversion.plan, conversion.qann, SMALL, 3, bits)
+    pixels = noise(SMALL, 4)
+    student(pixels)  # constants are made once
+    with Waiting() as waiting:
+        student(pixels)["logits"].square().sum().backward()
+        SMALL.normalize(pixels)
+    assert not waiting.found
+    with waiting:
+        bool(torch.ones(()) > 0)
+    assert waiting.found
 
 
 SHORT = {"epochs": 3, "batch_size": 100, "held_out": 100}

@@ -19,14 +19,17 @@ from snnconv.schedule import Schedule
 
 
 class Engine(counts.Engine):
-    """The reference engine, on any device; for the end point it has the counts engine's."""
+    """The reference engine, for images on any device; the end point is the counts engine's.
+
+    It computes on the CPU: torch multiplies no matrices of int64 on GPUs.
+    """
 
     name = "reference"
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule."""
         with torch.no_grad():
-            return _Simulation(self.network, pixels, schedule).run()
+            return _Simulation(self.network, pixels.cpu(), schedule).run().to(pixels.device)
 
 
 class _Simulation:
@@ -37,7 +40,6 @@ class _Simulation:
         self.images = len(pixels)
         self.limits = network.count_limits(schedule.timesteps)
         self.pixels = pixels.long()
-        self.device = pixels.device
         self.counts: dict[str, Tensor] = {}
         self.previous: dict[str, Tensor] = {}
         self.membranes: dict[str, Tensor] = {}
@@ -46,15 +48,13 @@ class _Simulation:
         self.spikes = {p.name: self._zeros(2) for p in network.populations}
         self.last_spike = self._zeros()
         for p in network.populations:
-            start = initial_membrane(
-                p.threshold.to(self.device, torch.int64), network.initial_membrane
-            )
+            start = initial_membrane(p.threshold.long(), network.initial_membrane)
             shape = (self.images, *p.shape)
             self.membranes[p.name] = per_channel(start, len(shape)).expand(shape).clone()
             self.counts[p.name] = self._zeros(*p.shape)
 
     def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(self.images, *shape, dtype=torch.int64, device=self.device)
+        return torch.zeros(self.images, *shape, dtype=torch.int64)
 
     def run(self) -> Trace:
         schedule = self.schedule
@@ -83,7 +83,7 @@ class _Simulation:
         fired = False
         for node in self.network.nodes:
             if isinstance(node, Image):
-                zero = torch.tensor(node.zero_point, device=self.device).view(-1, 1, 1)
+                zero = torch.tensor(node.zero_point).view(-1, 1, 1)
                 self.counts[node.name] = self.schedule.bias_steps(t, 0) * (self.pixels - zero)
             elif isinstance(node, Relay):
                 inputs = [self.counts[i] for i in node.inputs]
@@ -101,17 +101,17 @@ class _Simulation:
     def _current(self, node: Population | Readout, t: int) -> Tensor:
         """Return what arrives in this step: the spikes of the sources, and bias."""
         injected = self.schedule.bias_steps(t, node.depth)
-        bias = node.bias.to(self.device, torch.int64) * (injected - self.injected[node.name])
+        bias = node.bias.long() * (injected - self.injected[node.name])
         self.injected[node.name] = injected
         total: Tensor | None = None
         for synapse in node.branches:
             counts = self.counts[synapse.source]
             spikes = counts - self.previous.get(synapse.source, torch.zeros_like(counts))
-            weight = synapse.weight.to(self.device, torch.int64)
+            weight = synapse.weight.long()
             current = apply_weight(synapse.kind, synapse.attributes, weight, spikes)
             for pool in synapse.pools:
                 current = sum_pool(current, pool)
-            current = current << per_channel(synapse.shift.to(self.device).long(), current.ndim)
+            current = current << per_channel(synapse.shift.long(), current.ndim)
             total = current if total is None else total + current
         assert total is not None
         return total + per_channel(bias, total.ndim)
@@ -119,7 +119,7 @@ class _Simulation:
     def _fire(self, node: Population, t: int) -> bool:
         membrane = self.membranes[node.name] + self._current(node, t)
         if self.schedule.fires(t, node.depth):
-            threshold = per_channel(node.threshold.to(self.device, torch.int64), membrane.ndim)
+            threshold = per_channel(node.threshold.long(), membrane.ndim)
             spikes, membrane, self.counts[node.name] = step(
                 membrane,
                 self.counts[node.name],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,14 @@ class Trace:
     def drain_steps(self) -> Tensor:
         """Return per image the steps between the last bias and the last spike, `[N]`."""
         return (self.last_spike - self.schedule.steps_before_drain).clamp_min(0)
+
+    def to(self, device: torch.device | str) -> Trace:
+        """Return the trace with its tensors on a device."""
+        moved = {
+            what: {name: value.to(device) for name, value in getattr(self, what).items()}
+            for what in ("charges", "counts", "spikes")
+        }
+        return replace(self, last_spike=self.last_spike.to(device), **moved)
 
     def logits(self, network: SpikingNetwork, name: str) -> Tensor:
         """Return a readout after every step, float64 `[steps, N, ...]`.

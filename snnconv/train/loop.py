@@ -29,6 +29,7 @@ from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize
 from snnconv.progress import Progress, silent
 from snnconv.quant import Qann, only_logits
+from snnconv.train.capture import CapturedStep, Compute
 from snnconv.train.settings import TrainSettings
 from snnconv.train.student import Student
 
@@ -132,6 +133,7 @@ class Training:
         self.best: list[Tensor] | None = None
         self.readout = _classifier(student.qann)
         self.teacher_logits: dict[int, Tensor] = {}
+        self.captured: dict[tuple[int, bool], CapturedStep | None] = {}
         self.clock = _Clock()
         settings.augmentation.transform(self.preprocessing)  # complains before anything is done
 
@@ -259,35 +261,66 @@ class Training:
 
     def _precision(self) -> Any:
         """Return the context of a forward pass: bfloat16 on a GPU, but not near the end."""
+        if not self._in_half():
+            return nullcontext()
+        # What it would keep of a parameter's half would be another's in the next step.
+        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+
+    def _in_half(self) -> bool:
         last = math.ceil(self.settings.epochs * EXACT_SHARE)
         early = self.at.epoch < self.settings.epochs - last
-        if self.settings.amp and early and self.device.startswith("cuda"):
-            return torch.autocast("cuda", torch.bfloat16)
-        return nullcontext()
+        return self.settings.amp and early and self.device.startswith("cuda")
 
     def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, int, int]:
         """Take one step on this rank's share of a batch; return loss, hits and images of all."""
         self.schedule.step_update(self.at.epoch * self.steps + self.at.step)
-        with self._precision():
-            logits = model(pixels)[self.readout].flatten(1).float()
-            # A rank whose images cannot be read takes part all the same.
-            loss = self._loss(logits, pixels, labels) if len(labels) else logits.sum() * 0
-        # DDP averages over ranks; a rank may have an image less than another.
-        loss = loss * (len(labels) * distributed.size() / self.batch)
-        hits = (logits.argmax(1) == labels).sum()
-        here = [loss.detach().double() / distributed.size(), hits, torch.tensor(len(labels))]
+        loss, hits = self._gradients(model, pixels, labels)
+        here = [loss.double() / distributed.size(), hits, torch.tensor(len(labels))]
         sums = distributed.sum_over_ranks(torch.stack([v.double().to(hits.device) for v in here]))
         value, *counts = sums.tolist()
         if not math.isfinite(value):
             raise self._diverged(f"the loss is {value} at step {self.at.step + 1}")
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         self.optimizer.step()
         self.student.bound_()
         if self.ema is not None:
             for average, parameter in zip(self.ema, self.student.trained(), strict=True):
                 average.lerp_(parameter.detach(), 1 - self.settings.ema)
         return value, int(counts[0]), int(counts[1])
+
+    def _gradients(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the gradients; return this rank's part of the loss and its hits."""
+
+        def compute(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+            with self._precision():
+                logits = model(pixels)[self.readout].flatten(1).float()
+                # A rank whose images cannot be read takes part all the same.
+                loss = self._loss(logits, pixels, labels) if len(labels) else logits.sum() * 0
+            # DDP averages over ranks; a rank may have an image less than another.
+            loss = loss * (len(labels) * distributed.size() / self.batch)
+            return loss, (logits.argmax(1) == labels).sum()
+
+        if self._can_capture() and len(labels) == self.batch:
+            key = self.student.timesteps, self._in_half()
+            if key not in self.captured:
+                self.captured = {key: self._capture(compute, pixels, labels)}
+            step = self.captured[key]
+            if step is not None:
+                return step(pixels, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, hits = compute(pixels, labels)
+        loss.backward()
+        return loss.detach(), hits
+
+    def _can_capture(self) -> bool:
+        return self.device.startswith("cuda") and distributed.size() == 1
+
+    def _capture(self, compute: Compute, pixels: Tensor, labels: Tensor) -> CapturedStep | None:
+        """Record a step, or say that it cannot be."""
+        try:
+            return CapturedStep(compute, self.student.trained(), pixels, labels)
+        except RuntimeError as error:
+            self.announce(f"steps are not recorded as a CUDA graph: {first_line(error)}")
+            return None
 
     def _diverged(self, what: str) -> SnnconvError:
         return SnnconvError(
