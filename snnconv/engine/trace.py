@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Trace:
 
     def to(self, device: torch.device | str) -> Trace:
         """Return the trace with its tensors on a device."""
-        moved = {
+        moved: dict[str, Any] = {
             what: {name: value.to(device) for name, value in getattr(self, what).items()}
             for what in ("charges", "counts", "spikes")
         }
