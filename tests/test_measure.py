@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -9,7 +10,8 @@ from networks import PREPROCESSING, converted, images
 
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
-from snnconv.engine import endpoint, simulate
+from snnconv.cli.eval import command as eval_command
+from snnconv.engine import ENDPOINT, ENGINES, endpoint, simulate
 from snnconv.errors import DataError, UsageError
 from snnconv.measure import COURSE, evaluate, top1_percents, wilson_interval
 
@@ -137,3 +139,9 @@ def test_interval_and_top1() -> None:
     found = top1_percents({"zero": forward}, data(labels), PREPROCESSING, np.arange(COUNT))["zero"]
     assert found["images"] == COUNT
     assert found["top1_percent"] == pytest.approx(100 * float((labels == 0).mean()))
+
+
+def test_the_command_line_offers_every_engine() -> None:
+    (option,) = (p for p in eval_command.params if p.name == "engine")
+    assert isinstance(option.type, click.Choice)
+    assert list(option.type.choices) == [*ENGINES, ENDPOINT]
