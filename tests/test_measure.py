@@ -8,9 +8,9 @@ import pytest
 import torch
 from networks import PREPROCESSING, converted, images
 
+from snnconv.cli.eval import command as eval_command
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
-from snnconv.cli.eval import command as eval_command
 from snnconv.engine import ENDPOINT, ENGINES, endpoint, simulate
 from snnconv.errors import DataError, UsageError
 from snnconv.measure import COURSE, evaluate, top1_percents, wilson_interval

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_every_instruction_set_agrees_with_the_reference(name: str, level: int) 
 def test_wide_layers_at_any_time_step(timesteps: int, level: int) -> None:
     net = wide(timesteps)
     engine, truth = native.Engine(net, timesteps, level), counts.Engine(net, timesteps)
-    assert sum(p.fused for p in engine.populations.values()) >= 1
+    assert sum(p.fused for p in engine.packed.values()) >= 1
     pixels = pictures(2)
     timetable = net.timetable(timesteps, name="paper")
     assert not differences(engine.simulate(pixels, timetable), truth.simulate(pixels, timetable))
@@ -103,7 +104,28 @@ def test_wide_layers_at_any_time_step(timesteps: int, level: int) -> None:
 
 def test_weights_of_the_widest_layers_run_in_the_kernels() -> None:
     engine = native.Engine(wide(8), 8)
-    assert all(p.fused for p in engine.populations.values())
+    assert all(engine.packed[p.name].fused for p in engine.network.populations)
+
+
+def test_a_usual_network_is_one_call_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = converted("residual", timesteps=8).network
+    engine = native.Engine(net, 8)
+    done: list[int] = []
+    run = kernels.Program.run
+
+    def counted(program: kernels.Program, first: int, end: int, *rest: Any) -> None:
+        done.append(end - first)
+        run(program, first, end, *rest)
+
+    monkeypatch.setattr(kernels.Program, "run", counted)
+    engine.simulate(images(4), net.timetable(8, name="paper"))
+    images_apart = int(any(packed.images for packed in engine.packed.values()))
+    assert len(done) == 1 + images_apart
+    assert sum(done) == len(net.populations) + len(net.readouts) + images_apart
+    assert engine.hidden
+    done.clear()
+    engine.endpoint(images(4))
+    assert len(done) == 1
 
 
 def test_batch_and_threads_change_nothing() -> None:
@@ -128,8 +150,15 @@ def test_a_planted_mistake_is_noticed() -> None:
     for name in ("grouped", "joined", "strided", "narrow"):
         for what in ("threshold", "start"):
             engine = native.Engine(net, selfcheck.TIMESTEPS)
-            getattr(engine.populations[name].cell, what).add_(900)
+            getattr(engine.packed[name].cell, what).add_(900)
             assert selfcheck.wrong(engine) == name
+    engine = native.Engine(net, selfcheck.TIMESTEPS)
+    engine.packed["logits"].cell.bias.add_(1)
+    assert selfcheck.wrong(engine) == "the readout"
+    engine = native.Engine(net, selfcheck.TIMESTEPS)
+    if engine.packed["stem"].images:
+        engine.packed["stem"].image_cell.bias.add_(900)
+        assert selfcheck.wrong(engine) == "stem"
 
 
 def test_what_bytes_cannot_hold_is_refused() -> None:
@@ -219,6 +248,6 @@ def test_settings_of_precision_are_left_as_they_were() -> None:
 def test_the_self_check_goes_through_every_width_of_block() -> None:
     engine = native.Engine(selfcheck.sample(), selfcheck.TIMESTEPS)
     widest = kernels.block(engine.level, 64)
-    blocks = {packed.cell.block for packed in engine.populations.values() if packed.synapses}
+    blocks = {packed.cell.block for packed in engine.packed.values() if packed.synapses}
     assert {16, widest} <= blocks
     assert len(blocks) == len({16, min(32, widest), widest})

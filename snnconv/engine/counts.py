@@ -56,7 +56,10 @@ class Engine:
         # The membrane's type is int32 where one kernel scans a block of steps.
         self.scans = scan.unavailable(self.device) is None
         self._charges: dict[str, Charge] = {}
+        # Maps nobody reads, for those behind them read what is before.
+        self.hidden: frozenset[str] = frozenset()
         self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
+        self.neurons = frozenset(p.name for p in network.populations)
         self.last_use = last_uses(list(network.nodes))
 
     def charge(self, node: Population | Readout) -> Charge:
@@ -91,37 +94,49 @@ class Engine:
     def _end(self, pixels: Tensor, maps: bool) -> Endpoint:
         self.begin(1, len(pixels))
         values: dict[str, Any] = {}
-        counts: dict[str, Tensor] = {}
+        ends: dict[str, Any] = {}
         charges: dict[str, Tensor] = {}
         for position, node in enumerate(self.network.nodes):
             if isinstance(node, Image):
-                values[node.name] = self.timesteps * centered(node, pixels)
+                values[node.name] = self.end_image(node, pixels)
             elif isinstance(node, Readout):
                 charge = self.end_charge(node, values)
-                charges[node.name] = charge[0].long().view(len(pixels), *node.shape)
-            else:
-                if isinstance(node, Relay):
-                    values[node.name] = self.map(node, [values[name] for name in node.inputs])
-                else:
-                    values[node.name] = self.settle(node, values)
-                if maps or isinstance(node, Population):
-                    found = self.counts(values[node.name])[0]
-                    # Sums of poolings may be beyond every integer type: maps stay as they are.
-                    small = count_dtype(*self.limits[node.name])
-                    counts[node.name] = found.to(small) if isinstance(node, Population) else found
+                charges[node.name] = charge[0].long().reshape(len(pixels), *node.shape)
+            elif isinstance(node, Population):
+                values[node.name] = ends[node.name] = self.settle(node, values)
+            elif maps or node.name not in self.hidden:
+                inputs = [values[name] for name in node.inputs]
+                values[node.name] = self.map(node, inputs)
+                if maps:
+                    ends[node.name] = values[node.name]
             for name in self.last_use.get(position, ()):
-                del values[name]
-        return Endpoint(self.timesteps, counts, charges)
+                values.pop(name, None)
+        return Endpoint(
+            self.timesteps, {n: self.end_counts(n, v) for n, v in ends.items()}, charges
+        )
+
+    def end_image(self, node: Image, pixels: Tensor) -> Any:
+        """Return what has come from an image in the end."""
+        return self.timesteps * centered(node, pixels)
+
+    def end_counts(self, name: str, value: Any) -> Tensor:
+        """Return the final counts of a node, `[N, ...]`: a population's in the smallest type."""
+        found = self.counts(value)[0]
+        return found.to(count_dtype(*self.limits[name])) if name in self.neurons else found
 
     def end_charge(self, node: Population | Readout, values: dict[str, Any]) -> Tensor:
         """Return what has arrived in the end, `[1, N, C, ...]`."""
+        total = self.end_arrived(node, values)
+        return total + self.charge(node).bias_charge(torch.tensor([self.timesteps]), total.ndim)
+
+    def end_arrived(self, node: Population | Readout, values: dict[str, Any]) -> Tensor:
+        """Return the same without the bias."""
         charge = self.charge(node)
         currents = [
             charge.current(i, self.counts(values[synapse.source]))
             for i, synapse in enumerate(node.branches)
         ]
-        total = sum(currents[1:], currents[0])
-        return total + charge.bias_charge(torch.tensor([self.timesteps]), total.ndim)
+        return sum(currents[1:], currents[0])
 
     def settle(self, node: Population, values: dict[str, Any]) -> Any:
         """Return the counts a population ends at."""
@@ -278,6 +293,10 @@ class Simulation:
         self.running, self.pixels = self.running[still], self.pixels[still]
         self.state = {name: state[still] for name, state in self.state.items()}
 
+    def image(self, node: Image) -> Any:
+        """Return an image, as it is injected at every step."""
+        return centered(node, self.pixels)
+
     def begin(self, steps: range) -> None:
         """Begin a block."""
 
@@ -292,15 +311,16 @@ class Simulation:
         fired = torch.zeros(size, dtype=torch.int64, device=self.device)
         for position, node in enumerate(self.network.nodes):
             if isinstance(node, Image):
-                values[node.name] = centered(node, self.pixels)
+                values[node.name] = self.image(node)
             elif isinstance(node, Relay):
-                values[node.name] = self.engine.map(node, self._held(node, values, steps))
+                if node.name not in self.engine.hidden:
+                    values[node.name] = self.engine.map(node, self._held(node, values, steps))
             elif isinstance(node, Readout):
                 self._read(node, self.charge(node, values, steps), len(steps))
             else:
                 values[node.name] = self.scan(node, values, steps, fired)
             for name in self.engine.last_use.get(position, ()):
-                del values[name]
+                values.pop(name, None)
         self.end(fired)
         happened = torch.tensor(steps, device=self.device)[:, None] * (fired > 0)
         last = happened.amax(0)
@@ -411,6 +431,8 @@ class Simulation:
 
 def _join(parts: list[Trace]) -> Trace:
     """Put chunks side by side; one that ended early stays as it was."""
+    if len(parts) == 1:
+        return parts[0]
     steps = max(part.steps for part in parts)
     longest = max(parts, key=lambda part: part.steps)
 

@@ -1,9 +1,9 @@
 """The native engine: the counts engine on bytes, its convolutions and neurons fused in C++.
 
-A population is one call of a kernel: int8 weights times uint8 counts for every step of the block,
-and the neurons' course in the same pass over the image. What the kernels do not know (the first
-layer, whose current is constant; odd poolings; readouts) is computed as in the counts engine and
-handed to them as charge.
+A population is one task: int8 weights times uint8 counts for every step of the block, and the
+neurons' course in the same pass over the image. Tasks are put off until somebody reads what they
+write, so that a usual network is one call a block. What the kernels do not know (odd poolings,
+large linear layers) is computed as in the counts engine and handed to them as charge.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,10 +21,18 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from snnconv.engine import counts, kernels, selfcheck
-from snnconv.engine.kernels import Planes, padded, spatial
+from snnconv.engine.kernels import Border, Kind, Planes, Program, padded, spatial
 from snnconv.engine.trace import Endpoint, Trace
 from snnconv.errors import UsageError
-from snnconv.network import Population, SpikingNetwork, Synapse, charge_bounds
+from snnconv.network import (
+    Image,
+    Population,
+    Readout,
+    SpikingNetwork,
+    Synapse,
+    charge_bounds,
+    count_dtype,
+)
 from snnconv.neuron import initial_membrane
 from snnconv.plan import Relay
 from snnconv.quant import relay
@@ -34,7 +43,18 @@ INT32 = 2**31
 UNREACHED = 2**20
 # Bytes of the largest node's planes that one pass over the network works on.
 PASS_BYTES = 2**22
+# Linear layers of more weights than this are better multiplied as matrices.
+LARGEST_LINEAR = 2**18
+# The largest pixel.
+PIXEL = 255
+# What a shortcut reads that reads all there is: so many channels further on, the first pixel, and
+# how many pixels to the next.
+DIRECT = {"channel": 0, "start": (0, 0), "stride": (1, 1)}
+# Bytes before and behind every buffer, over which shortcuts may reach, to multiply them by 0.
+MARGIN = 512
 NO_BORDER = (0, 0, 0, 0)
+# A convolution of which each tap is read once.
+WHOLE = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
 
 
 @cache
@@ -84,11 +104,12 @@ def refusal(network: SpikingNetwork, timesteps: int, device: torch.device | str)
     return None
 
 
-def _bound(node: Population, limits: dict[str, tuple[int, int]], timesteps: int) -> float:
+def _bound(node: Population | Readout, limits: dict[str, tuple[int, int]], timesteps: int) -> float:
     """Bound every partial sum of a membrane, with all counts moved up to begin at 0."""
-    low, high = limits[node.name]
     total = timesteps * node.bias.double().abs()
-    total += node.threshold.double() * (2 * (high - low) + 1)
+    if isinstance(node, Population):
+        low, high = limits[node.name]
+        total += node.threshold.double() * (2 * (high - low) + 1)
     for synapse in node.branches:
         low, high = limits[synapse.source]
         moved = charge_bounds(synapse, 0, high - low) + charge_bounds(synapse, 0, -low)
@@ -111,19 +132,38 @@ class Engine(counts.Engine):
         self.level = len(kernels.levels()) - 1 if level is None else level
         self.threads = torch.get_num_threads()
         self.in_bytes = _in_bytes(network, self.limits)
-        self.populations = {p.name: _Packed(p, self) for p in network.populations}
-        self.borders = {n.name: NO_BORDER for n in network.nodes}
-        shapes = {n.name: spatial(n.shape) for n in network.nodes}
-        for packed in self.populations.values():
-            for synapse in packed.synapses:
-                if synapse.kind == "conv":
-                    reach = _reach(synapse, shapes[synapse.source], shapes[packed.node.name])
-                    border = zip(self.borders[synapse.source], reach, strict=True)
-                    left, right, above, below = (max(pair) for pair in border)
-                    self.borders[synapse.source] = left, right, above, below
+        self.nodes = {n.name: n for n in network.nodes}
+        self.packed = {
+            n.name: _Packed(n, self) for n in network.nodes if isinstance(n, Population | Readout)
+        }
+        self.hidden = self._unread()
+        self.borders = self._borders()
         self.plans: dict[int, _Plan] = {}
         self.plan: _Plan
         self.lock = threading.Lock()
+
+    def _unread(self) -> frozenset[str]:
+        """Return the nodes that nobody reads, for the kernels read what is before them."""
+        read: set[str] = set()
+        for node in reversed(self.network.nodes):
+            if packed := self.packed.get(node.name):
+                read.update(packed.read)
+            elif node.name in read:
+                read.update(getattr(node, "inputs", ()))
+        return frozenset(set(self.nodes) - read - set(self.packed))
+
+    def _borders(self) -> dict[str, Border]:
+        """Return what convolutions read around each node."""
+        borders = dict.fromkeys(self.nodes, NO_BORDER)
+        for packed in self.packed.values():
+            for synapse in (*packed.synapses, *packed.images):
+                if synapse.kind == "conv":
+                    source = spatial(self.nodes[synapse.source].shape)
+                    reach = _reach(synapse, source, spatial(packed.node.shape))
+                    border = zip(borders[synapse.source], reach, strict=True)
+                    left, right, above, below = (max(pair) for pair in border)
+                    borders[synapse.source] = left, right, above, below
+        return borders
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
@@ -133,7 +173,12 @@ class Engine(counts.Engine):
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
         """Compute where every exact schedule ends, in one pass."""
         with self._own_threads(torch.get_num_threads()):
-            return super().endpoint(pixels, maps=maps)
+            hidden = self.hidden
+            try:
+                self.hidden = frozenset() if maps else hidden
+                return super().endpoint(pixels, maps=maps)
+            finally:
+                self.hidden = hidden
 
     @contextmanager
     def _own_threads(self, threads: int) -> Iterator[None]:
@@ -156,52 +201,66 @@ class Engine(counts.Engine):
 
     def counts(self, value: Any) -> Tensor:
         """Return a node's counts `[steps, N, ...]` in a float type."""
-        return value.counts() if isinstance(value, Planes) else super().counts(value)
+        return self.plan.done(value).counts() if isinstance(value, Planes) else value
 
     def begin(self, steps: int, images: int) -> None:
         """Have buffers for so many steps and images, the last ones if they are large enough."""
         plan = self.plans.get(steps)
-        if plan is None or plan.images < images:
+        if plan is None or plan.most_images < images:
             with torch.inference_mode(False):  # for later simulations outside of it
                 plan = self.plans[steps] = _Plan(self, steps, images)
         self.plan = plan
+        plan.start(Kind.SETTLE, 1, images)
 
     def map(self, node: Relay, inputs: list[Any]) -> Any:
         """Apply a map that is exact on counts, on bytes where they hold its results."""
-        if node.name not in self.in_bytes:
+        plan = self.plan
+        if node.name not in plan.planes:
             return super().map(node, inputs)
-        steps, images = max(len(p.data) for p in inputs), inputs[0].data.shape[1]
-        out = self.plan.planes[node.name].part(steps, images)
         if node.op == "max_pool":
-            kernels.max_pool(inputs[0], out, node.attributes, self.level, self.threads)
-            return out
-        flat = [p.bytes.expand(steps, *p.bytes.shape[1:]).flatten(0, 1) for p in inputs]
-        out.bytes.copy_(relay(node, flat).unflatten(0, (steps, images)))
+            return plan.later(node.name)
+        parts = [plan.done(value) for value in inputs]
+        steps = max(len(p.data) for p in parts)
+        out = plan.planes[node.name].part(steps, plan.images)
+        flat = [p.bytes.expand(steps, *p.bytes.shape[1:]).flatten(0, 1) for p in parts]
+        out.bytes.copy_(relay(node, flat).unflatten(0, (steps, plan.images)))
         out.fill_border_()
+        out.moves.fill_(steps > 1)
         return out
 
     def settle(self, node: Population, values: dict[str, Any]) -> Planes:
         """Return the counts a population ends at."""
-        packed, plan = self.populations[node.name], self.plan
-        if packed.fused:
-            charge, injected = self.image_charge(packed, values), self.timesteps
-        else:
-            charge, injected = packed.numbers(self.end_charge(node, values)), 0
-        value = values[node.branches[0].source]
-        images = int((value.data if isinstance(value, Planes) else value).shape[1])
-        drive = kernels.Drive.of([1], [injected], [True])
-        plan.calls[node.name].settle(packed.sources(values), charge, drive, images, self.threads)
-        return plan.planes[node.name].part(1, images)
+        packed = self.packed[node.name]
+        if not packed.fused:
+            self.plan.give(packed, self.end_arrived(node, values))
+        elif packed.held and not packed.images:
+            self.plan.give(packed, packed.image_charge(self, values))
+        return self.plan.later(node.name)
 
-    def image_charge(self, packed: _Packed, values: dict[str, Any]) -> Tensor | None:
-        """Return what a population's branches make of the image, as the kernels want it."""
-        charge = self.charge(packed.node)
-        parts = [
-            charge.current(i, values[synapse.source])
-            for i, synapse in enumerate(packed.node.branches)
-            if synapse.source in self.images
-        ]
-        return packed.numbers(sum(parts[1:], parts[0])) if parts else None
+    def end_charge(self, node: Population | Readout, values: dict[str, Any]) -> Tensor:
+        """Return what has arrived in the end, `[1, N, C, ...]`."""
+        if not self.packed[node.name].fused:
+            return super().end_charge(node, values)
+        return self.plan.sums(node) + self.timesteps * node.bias.long().view(-1, 1, 1)
+
+    def end_image(self, node: Image, pixels: Tensor) -> Any:
+        """Return what has come from an image in the end; the kernels have it in bytes."""
+        self.plan.show(node, pixels)
+        return None if node.name in self.hidden else super().end_image(node, pixels)
+
+    def end_counts(self, name: str, value: Any) -> Tensor:
+        """Return the final counts of a node, `[N, ...]`."""
+        if name not in self.neurons:
+            return super().end_counts(name, value)
+        return _counts(self.plan.done(value), count_dtype(*self.limits[name]))
+
+
+def _counts(planes: Planes, dtype: torch.dtype) -> Tensor:
+    """Return the counts of the first step, `[N, ...]`, no part of any buffer."""
+    found = planes.bytes[0]
+    if planes.zero:
+        return (found.to(torch.int16) - planes.zero).to(dtype)
+    return found.to(dtype, copy=True)
 
 
 def _in_bytes(network: SpikingNetwork, limits: dict[str, tuple[int, int]]) -> set[str]:
@@ -216,37 +275,185 @@ def _in_bytes(network: SpikingNetwork, limits: dict[str, tuple[int, int]]) -> se
 
 
 class _Plan:
-    """Buffers for every node in bytes, and the kernels' calls on them.
+    """Buffers for every node in bytes, and the kernels' tasks on them.
 
-    A node's bytes take the place of those that nobody reads any more. `states` are uint8 `[N, H, W,
-    channels]` per population.
+    A node's bytes take the place of those that nobody reads any more, but for a single step: what
+    an end point ends at is read last. `states` are uint8 `[N, H, W, channels]` per population.
     """
 
     def __init__(self, engine: Engine, steps: int, images: int) -> None:
+        self.engine, self.most_images = engine, images
         self.steps, self.images = steps, images
+        nodes = engine.network.nodes
+        self.moves = torch.zeros(len(nodes), 1, dtype=torch.int32)
+        self.flags = dict(zip(engine.nodes, self.moves, strict=True))
         self.planes: dict[str, Planes] = {}
         self.states: dict[str, Tensor] = {}
-        self.calls: dict[str, kernels.Call] = {}
+        # Charges the kernels compute or are handed, int32 in one dimension.
+        self.charges: dict[str, Tensor] = {}
+        self.given: dict[str, Tensor] = {}
+        self.timetable = torch.zeros(engine.network.depth + 1, 2, steps, dtype=torch.int32)
+        self.once = torch.ones(steps, dtype=torch.int32)
+        self.end = torch.full((2, 1), engine.timesteps, dtype=torch.int32)
+        self.programs = {kind: Program(engine.level) for kind in (Kind.FIRE, Kind.SETTLE)}
+        self.tasks: dict[str, int] = {}
+        self.kind = Kind.FIRE
+        self.waiting: tuple[int, int] | None = None
+        self.spikes = torch.zeros(len(engine.neurons), steps, images, 2, dtype=torch.int64)
+        self._allocate(steps, images)
+        for packed in engine.packed.values():
+            if packed.images:
+                self._add_image(packed)
+        populations = [p.name for p in engine.network.populations]
+        for node in nodes:
+            if isinstance(node, Population):
+                self._add_population(node, populations.index(node.name))
+            elif isinstance(node, Readout) and engine.packed[node.name].fused:
+                self._add_sum(node.name, engine.packed[node.name])
+            elif isinstance(node, Relay) and node.op == "max_pool" and node.name in self.planes:
+                for program in self.programs.values():
+                    source, out = self.planes[node.inputs[0]], self.planes[node.name]
+                    self.tasks[node.name] = program.max_pool(source, out, node.attributes)
+
+    def _allocate(self, steps: int, images: int) -> None:
+        """Make the buffers."""
+        engine = self.engine
+        last: dict[str, int] = {}
+        for position, node in enumerate(engine.network.nodes):
+            packed = engine.packed.get(node.name)
+            for name in (node.name, *(packed.read if packed else getattr(node, "inputs", ()))):
+                last[name] = position
         buffers: dict[str, Tensor] = {}
         free: list[Tensor] = []
         for position, node in enumerate(engine.network.nodes):
-            if node.name in engine.in_bytes:
-                zero = -engine.limits[node.name][0]
-                border = engine.borders[node.name]
+            name, border = node.name, engine.borders[node.name]
+            if name in engine.in_bytes and name not in engine.hidden:
                 size = Planes.size(steps, images, node.shape, border)
-                buffer = buffers[node.name] = _taken(free, math.prod(size))
-                data = buffer[: math.prod(size)].view(size)
-                self.planes[node.name] = Planes(data, node.shape, border, zero)
+                count = math.prod(size)
+                buffer = buffers[name] = _taken(free, count + 2 * MARGIN)
+                data, zero = buffer[MARGIN:][:count].view(size), -engine.limits[name][0]
+                self.planes[name] = Planes(data, node.shape, border, zero, self.flags[name])
+            if isinstance(node, Image):
+                size = Planes.size(1, images, node.shape, border)
+                zeros = torch.zeros(size[-1], dtype=torch.uint8)
+                zeros[: node.shape[0]] = torch.tensor(node.zero_point)
+                data = zeros.expand(size).clone()
+                self.planes[name] = Planes(data, node.shape, border, 0, self.flags[name])
             if isinstance(node, Population):
-                packed = engine.populations[node.name]
                 channels, height, width = spatial(node.shape)
                 state = torch.empty(images, height, width, padded(channels), dtype=torch.uint8)
-                self.states[node.name] = state
-                out, sources = self.planes[node.name], packed.sources(self.planes)
-                call = kernels.Call(packed.cell, sources, out, state, engine.level)
-                self.calls[node.name] = call
-            read_last = engine.last_use.get(position, ())
-            free += [buffers[name] for name in read_last if name in buffers]
+                self.states[name] = state
+            if steps > 1:
+                free += [buffers[n] for n, at in last.items() if at == position and n in buffers]
+
+    def _add_image(self, packed: _Packed) -> None:
+        """Let the kernels sum what an image brings a population, once for all steps."""
+        self._add_sum(f"{packed.node.name} image", packed, image=True)
+
+    def _add_sum(self, name: str, packed: _Packed, image: bool = False) -> None:
+        cell = packed.image_cell if image else packed.cell
+        synapses = packed.images if image else packed.synapses
+        _, height, width = spatial(packed.node.shape)
+        steps = 1 if image else self.steps
+        size = steps * self.most_images * height * width * len(cell.bias)
+        sums = self.charges[name] = torch.empty(size, dtype=torch.int32)
+        place = torch.empty(1, 1, height, width, len(cell.bias), dtype=torch.uint8)
+        moves = torch.zeros(1, dtype=torch.int32) if image else self.flags[packed.node.name]
+        out = Planes(place, packed.node.shape, NO_BORDER, 0, moves)
+        for program in self.programs.values():
+            self.tasks[name] = program.layer(
+                Kind.SUM, cell, [self.planes[s.source] for s in synapses], out, sums=sums
+            )
+
+    def _add_population(self, node: Population, number: int) -> None:
+        packed, charge = self.engine.packed[node.name], None
+        if packed.images:
+            _, height, width = spatial(node.shape)
+            charge = self.charges[f"{node.name} image"].view(
+                1, -1, height, width, len(packed.cell.bias)
+            )
+        network = self.engine.network
+        for kind, program in self.programs.items():
+            fires = kind is Kind.FIRE
+            self.tasks[node.name] = program.layer(
+                kind,
+                packed.cell,
+                [self.planes[s.source] for s in packed.synapses],
+                self.planes[node.name],
+                state=self.states[node.name],
+                timetable=self.timetable[node.depth] if fires else self.end,
+                held=self._held(packed, fires),
+                charge=charge,
+                signed=network.signed(node),
+                population=number,
+            )
+
+    def _held(self, packed: _Packed, fires: bool) -> Tensor:
+        """Return how often a charge that is handed in has arrived: an image's, at every step.
+
+        What torch makes of an image in the end has it all in it.
+        """
+        if not packed.held or not (fires or packed.images):
+            return self.once
+        return self.timetable[0, 0] if fires else self.end[0]
+
+    def start(self, kind: Kind, steps: int, images: int, spikes: Tensor | None = None) -> None:
+        """Begin a block of steps, or an end point."""
+        self.finish()
+        self.kind, self.steps, self.images = kind, steps, images
+        if spikes is not None:
+            self.spikes = spikes
+
+    def later(self, name: str) -> Planes:
+        """Put a node's task off; return the planes it will write."""
+        self._put_off(name)
+        return self.planes[name]
+
+    def _put_off(self, name: str) -> None:
+        number = self.tasks[name]
+        if self.waiting is not None and self.waiting[1] == number:
+            self.waiting = self.waiting[0], number + 1
+        else:
+            self.finish()
+            self.waiting = number, number + 1
+
+    def finish(self) -> None:
+        """Do what has been put off."""
+        if self.waiting is not None:
+            threads = self.engine.threads
+            self.programs[self.kind].run(
+                *self.waiting, self.spikes, self.steps, self.images, threads
+            )
+            self.waiting = None
+
+    def done(self, planes: Planes) -> Planes:
+        """Return the part of a node's planes that this block has written."""
+        self.finish()
+        return planes.part(self.steps if int(planes.moves) else 1, self.images)
+
+    def show(self, image: Image, pixels: Tensor) -> None:
+        """Take images, and sum what they bring to populations."""
+        readers = [p for p in self.engine.packed.values() if image.name in p.shown]
+        if readers:
+            self.planes[image.name].part(1, self.images).bytes[0].copy_(pixels)
+        for packed in readers:
+            self._put_off(f"{packed.node.name} image")
+
+    def give(self, packed: _Packed, charge: Tensor) -> None:
+        """Hand a population a charge `[steps or 1, n, *shape]`, for its next task."""
+        numbers = self.given[packed.node.name] = packed.numbers(charge)
+        self.programs[self.kind].give(self.tasks[packed.node.name], numbers)
+
+    def sums(self, node: Population | Readout) -> Tensor:
+        """Return the sums of a readout, int64 `[steps or 1, n, C, H, W]`."""
+        self._put_off(node.name)
+        self.finish()
+        rows, height, width = spatial(node.shape)
+        steps = self.steps if int(self.flags[node.name]) else 1
+        channels = len(self.engine.packed[node.name].cell.bias)
+        size = steps, self.images, height, width, channels
+        sums = self.charges[node.name][: math.prod(size)].view(size)
+        return sums[..., :rows].permute(0, 1, 4, 2, 3).long()
 
 
 def _taken(free: list[Tensor], size: int) -> Tensor:
@@ -258,41 +465,46 @@ def _taken(free: list[Tensor], size: int) -> Tensor:
 
 
 class _Packed:
-    """A population with its weights as the kernels want them.
+    """A population or a readout with its weights as the kernels want them.
 
-    `fused` says whether they run its branches, those from the image apart.
+    `fused` says whether they run its branches `synapses`, and `images` those from images, which are
+    summed apart; `held` whether there are such. `read` are the nodes it reads.
     """
 
-    def __init__(self, node: Population, engine: Engine) -> None:
-        low, high = engine.limits[node.name]
+    def __init__(self, node: Population | Readout, engine: Engine) -> None:
+        low, high = engine.limits.get(node.name, (0, 0))
         self.node, self.zero = node, -low
-        channels = padded(node.shape[0])
-        self.synapses = [s for s in node.branches if s.source not in engine.images]
+        branches = [_seen_through(s, engine) for s in node.branches]
+        self.synapses = [s for s in branches if s.source not in engine.images]
+        images = [s for s in branches if s.source in engine.images]
         # The kernels keep the last branch in registers, where shortcuts would gain nothing.
         self.synapses.sort(key=lambda s: s.kind != "scale")
-        self.fused = len(node.shape) == 3 and all(_known(s, engine) for s in self.synapses)
+        shown = all(_known_image(s, engine) for s in images)
+        by_torch = all(any(s is b for b in node.branches) for s in images)
+        self.fused = all(_known(s, engine) for s in self.synapses) and (shown or by_torch)
+        if isinstance(node, Readout):
+            bound = _bound(node, engine.limits, engine.timesteps)
+            self.fused &= bool(self.synapses) and not images and bound < INT32
         if not self.fused:
             self.synapses = []
-        block = _block(self.synapses, channels, engine.level)
-        threshold = node.threshold.long()
-        start = initial_membrane(threshold, engine.network.initial_membrane)
-        start = start + threshold * self.zero
-        for synapse in self.synapses:
-            weight = synapse.weight.long()
-            total = weight if synapse.kind == "scale" else weight.flatten(1).sum(1)
-            start = start + (engine.limits[synapse.source][0] * total << synapse.shift.long())
-        self.cell = kernels.Cell(
-            tuple(_branch(s, channels, block) for s in self.synapses),
-            _per_channel(threshold, channels, UNREACHED),
-            _per_channel(node.bias, channels),
-            _per_channel(start, channels, UNREACHED * self.zero),
-            block,
-            high - low,
-        )
+        self.held = self.fused and bool(images)
+        self.images = images if self.held and shown else []
+        self.shown = {s.source for s in self.images}
+        used = branches if self.fused else node.branches
+        self.read = [s.source for s in used if s.source not in self.shown]
+        self.cell = _cell(node, self.synapses, engine, high - low)
+        if self.images:
+            self.image_cell = _image_cell(node, self.images, engine)
 
-    def sources(self, values: dict[str, Any]) -> list[Planes]:
-        """Return what the kernels read."""
-        return [values[s.source] for s in self.synapses]
+    def image_charge(self, engine: Engine, values: dict[str, Any]) -> Tensor:
+        """Return what a population's branches make of the image, by torch."""
+        charge = engine.charge(self.node)
+        parts = [
+            charge.current(i, values[synapse.source])
+            for i, synapse in enumerate(self.node.branches)
+            if synapse.source in engine.images
+        ]
+        return sum(parts[1:], parts[0])
 
     def numbers(self, charge: Tensor) -> Tensor:
         """Return charges `[steps, N, *shape]` as int32 `[steps, N, H, W, channels]`."""
@@ -304,12 +516,131 @@ class _Packed:
         return numbers
 
 
+def _cell(
+    node: Population | Readout, synapses: list[Synapse], engine: Engine, high: int
+) -> kernels.Cell:
+    """Pack what a node sums. Sums of a readout have no bias but what moving the counts up asks."""
+    channels = padded(node.shape[0])
+    moved = torch.zeros(node.shape[0], dtype=torch.int64)
+    for synapse in synapses:
+        weight = synapse.weight.long()
+        total = weight if synapse.kind == "scale" else weight.flatten(1).sum(1)
+        moved += engine.limits[synapse.source][0] * total << synapse.shift.long()
+    if isinstance(node, Readout):
+        zeros = torch.zeros(channels, dtype=torch.int32)
+        return _with_branches(synapses, engine, zeros, _per_channel(moved, channels), zeros, high)
+    zero = -engine.limits[node.name][0]
+    threshold = node.threshold.long()
+    start = initial_membrane(threshold, engine.network.initial_membrane) + threshold * zero + moved
+    return _with_branches(
+        synapses,
+        engine,
+        _per_channel(threshold, channels, UNREACHED),
+        _per_channel(node.bias, channels),
+        _per_channel(start, channels, UNREACHED * zero),
+        high,
+    )
+
+
+def _image_cell(
+    node: Population | Readout, synapses: list[Synapse], engine: Engine
+) -> kernels.Cell:
+    """Pack what a node sums of images: pixels less their zero point, which the border has, too."""
+    channels = padded(node.shape[0])
+    bias = torch.zeros(node.shape[0], dtype=torch.int64)
+    for synapse in synapses:
+        image = engine.nodes[synapse.source]
+        assert isinstance(image, Image)
+        zero_point = torch.tensor(image.zero_point)
+        per_group = synapse.weight.long().flatten(2).sum(2)
+        group = torch.arange(len(bias)) // (len(bias) // synapse.attributes["groups"])
+        inputs = group[:, None] * per_group.shape[1] + torch.arange(per_group.shape[1])
+        bias -= (per_group * zero_point[inputs]).sum(1) << synapse.shift.long()
+    zeros = torch.zeros(channels, dtype=torch.int32)
+    return _with_branches(synapses, engine, zeros, _per_channel(bias, channels), zeros, 0)
+
+
+def _with_branches(
+    synapses: list[Synapse],
+    engine: Engine,
+    threshold: Tensor,
+    bias: Tensor,
+    start: Tensor,
+    high: int,
+) -> kernels.Cell:
+    block = _block(synapses, len(bias), engine.level)
+    branches = tuple(_branch(s, len(bias), block) for s in synapses)
+    return kernels.Cell(branches, threshold, bias, start, block, high)
+
+
+def _seen_through(synapse: Synapse, engine: Engine) -> Synapse:
+    """Return a synapse as one that reads what is before maps: then nobody need apply them.
+
+    Linear layers and convolutions may be convolutions of what is flattened or summed as a whole,
+    and shortcuts skip pixels and shift channels by themselves.
+    """
+    source = engine.nodes[synapse.source]
+    if synapse.kind == "scale":
+        return _shortcut(synapse, source, engine) if isinstance(source, Relay) else synapse
+    if synapse.kind == "linear" and synapse.weight.numel() <= LARGEST_LINEAR:
+        shape = source.shape
+        if isinstance(source, Relay) and source.op == "flatten":
+            source = engine.nodes[source.inputs[0]]
+            shape = source.shape
+        weight = synapse.weight.view(len(synapse.weight), *spatial(shape))
+        whole = replace(synapse, source=source.name, kind="conv", weight=weight, attributes=WHOLE)
+        return _seen_through(whole, engine)
+    if not (isinstance(source, Relay) and source.op == "sum_pool" and synapse.kind == "conv"):
+        return synapse
+    pool, before = source.attributes["pool"], engine.nodes[source.inputs[0]]
+    if len(pool.h) * len(pool.w) > 1 or synapse.attributes != WHOLE:
+        return synapse
+    (top, bottom, _), (left, right, _) = pool.h[0], pool.w[0]
+    weight = synapse.weight.new_zeros(*synapse.weight.shape[:2], *before.shape[1:])
+    weight[..., top:bottom, left:right] = synapse.weight
+    if weight.numel() > LARGEST_LINEAR:
+        return synapse
+    return replace(synapse, source=before.name, weight=weight)
+
+
+def _shortcut(synapse: Synapse, relay: Relay, engine: Engine) -> Synapse:
+    """Return a shortcut as one that reads what is before channels are padded, or pixels skipped."""
+    before = engine.nodes[relay.inputs[0]]
+    read = {**DIRECT, **synapse.attributes}
+    weight = synapse.weight
+    if relay.op == "pad" and len(before.shape) == 3 and not any(relay.attributes["padding"][:4]):
+        first = relay.attributes["padding"][4] - read["channel"]
+        inside = slice(max(first, 0), max(first + before.shape[0], 0))
+        weight = torch.zeros_like(synapse.weight)
+        weight[inside] = synapse.weight[inside]
+        read["channel"] = -first
+    elif relay.op == "slice" and len(before.shape) == 3 and read["stride"] == (1, 1):
+        channels, rows, columns = (range(*s) for s in relay.attributes["slices"])
+        if channels.step != 1 or min(rows.step, columns.step) < 1:
+            return synapse
+        read["channel"] += channels.start
+        read["start"] = rows.start, columns.start
+        read["stride"] = rows.step, columns.step
+    else:
+        return synapse
+    if not -MARGIN <= read["channel"] <= MARGIN:
+        return synapse
+    whole = replace(synapse, source=before.name, weight=weight, attributes=read)
+    return _seen_through(whole, engine)
+
+
 def _known(synapse: Synapse, engine: Engine) -> bool:
     """Return whether the kernels can run a branch."""
     low, high = engine.limits[synapse.source]
     exact = high - low <= kernels.largest_count(engine.level)
     known = synapse.kind in ("conv", "scale") and not synapse.pools
     return exact and known and synapse.source in engine.in_bytes
+
+
+def _known_image(synapse: Synapse, engine: Engine) -> bool:
+    """Return whether the kernels can run a branch that reads an image."""
+    exact = kernels.largest_count(engine.level) >= PIXEL
+    return exact and synapse.kind == "conv" and not synapse.pools
 
 
 def _block(synapses: list[Synapse], channels: int, level: int) -> int:
@@ -338,10 +669,12 @@ def _per_channel(values: Tensor, channels: int, padding: int = 0) -> Tensor:
 
 def _branch(synapse: Synapse, channels: int, block: int) -> kernels.Branch:
     """Pack the weights of a branch (kernels.h)."""
-    if synapse.kind == "scale":
-        factors = _per_channel(synapse.weight << synapse.shift, channels)
-        return kernels.Branch(factors)
     weight, attributes = synapse.weight, synapse.attributes
+    if synapse.kind == "scale":
+        factors = _per_channel(weight << synapse.shift, channels)
+        read = {**DIRECT, **attributes}
+        geometry = {"stride": read["stride"], "padding": tuple(-n for n in read["start"])}
+        return kernels.Branch(factors, geometry=geometry, channel=read["channel"])
     shift = _per_channel(synapse.shift, channels)
     left, _, above, _ = attributes["padding"]
     geometry = {
@@ -390,74 +723,83 @@ class _Simulation(counts.Simulation):
     def __init__(self, engine: Engine, pixels: Tensor, schedule: Schedule) -> None:
         engine.begin(min(counts.BLOCK_STEPS, schedule.timesteps), len(pixels))
         self.plan = engine.plan
-        self.drives: dict[int, kernels.Drive] = {}
-        self.currents: dict[str, Tensor | None] = {}
+        self.currents: dict[str, Tensor] = {}
         super().__init__(engine, pixels, schedule)
+        self.totals = torch.zeros(len(self.state), self.images, 2, dtype=torch.int64)
+        self.spikes = dict(zip(self.state, self.totals, strict=True))
+        self.plan.start(Kind.FIRE, 1, self.images)
+        for node in self.network.nodes:
+            if isinstance(node, Image):
+                self.plan.show(node, pixels)
 
     def initial(self, node: Population) -> Tensor:
         """Return the part of the plan's state that these images have."""
         state = self.plan.states[node.name][: self.images]
-        return state.fill_(self.engine.populations[node.name].zero)
+        return state.fill_(self.engine.packed[node.name].zero)
 
     def final(self, node: Population, state: Tensor) -> Tensor:
         """Return the counts `[n, ...]` of a state."""
-        zero = self.engine.populations[node.name].zero
-        found = Planes(state[None], node.shape, NO_BORDER, zero).bytes[0]
-        return found.to(torch.int16) - zero if zero else found.clone()
+        packed = self.engine.packed[node.name]
+        planes = Planes(state[None], node.shape, NO_BORDER, packed.zero, self.plan.once)
+        return _counts(planes, count_dtype(*self.engine.limits[node.name]))
 
     def keep(self, still: Tensor) -> None:
         """Go on with some of the running images, at the front of the plan's buffers."""
+        count = len(self.running)
         for name, current in self.currents.items():
-            self.currents[name] = None if current is None else current[:, still]
+            self.currents[name] = current[:, still]
+        for packed in self.engine.packed.values():
+            if packed.images:
+                charges = self.plan.charges[f"{packed.node.name} image"]
+                rows = charges[: len(charges) // self.plan.most_images * count].view(count, -1)
+                kept = rows[still]
+                rows[: len(kept)] = kept
         super().keep(still)
         for name, kept in self.state.items():
             self.state[name] = self.plan.states[name][: len(kept)].copy_(kept)
 
+    def image(self, node: Image) -> Any:
+        """Return an image where torch needs it; the kernels have its charges."""
+        return None if node.name in self.engine.hidden else super().image(node)
+
     def begin(self, steps: range) -> None:
         """Begin a block."""
-        self.drives = {}
-        names = list(self.state)
-        spikes = torch.zeros(len(names), len(steps), len(self.running), 2, dtype=torch.int64)
-        self.fired = dict(zip(names, spikes, strict=True))
+        size = len(self.state), len(steps), len(self.running), 2
+        self.fired = torch.zeros(size, dtype=torch.int64)
+        by_offset: dict[int, list[list[int]]] = {}
+        rows = []
+        for depth in range(self.network.depth + 1):
+            offset = self.schedule.offset(depth)
+            if offset not in by_offset:
+                by_offset[offset] = [
+                    [self.schedule.bias_steps(t, depth) for t in steps],
+                    [self.schedule.fires(t, depth) for t in steps],
+                ]
+            rows.append(by_offset[offset])
+        self.plan.timetable[:, :, : len(steps)] = torch.tensor(rows, dtype=torch.int32)
+        self.plan.start(Kind.FIRE, len(steps), len(self.running), self.fired)
 
     def end(self, fired: Tensor) -> None:
         """End a block: count its spikes."""
-        for name, spikes in self.fired.items():
-            self.spikes[name][self.running] += spikes.sum(0)
-        fired += torch.stack(list(self.fired.values())).sum((0, 3))
+        self.plan.finish()
+        self.totals[:, self.running] += self.fired.sum(1)
+        fired += self.fired.sum((0, 3))
 
-    def drive(self, depth: int, steps: range) -> kernels.Drive:
-        """Return what the populations at a depth get in this block."""
-        if depth not in self.drives:
-            self.drives[depth] = kernels.Drive.of(
-                [self.schedule.bias_steps(t, 0) for t in steps],
-                [self.schedule.bias_steps(t, depth) for t in steps],
-                [self.schedule.fires(t, depth) for t in steps],
-            )
-        return self.drives[depth]
+    def charge(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
+        """Return the accumulated charge, `[steps, N, C, ...]`, or one step if it is constant."""
+        if not self.engine.packed[node.name].fused:
+            return super().charge(node, values, steps)
+        injected = torch.tensor([self.schedule.bias_steps(t, node.depth) for t in steps])
+        bias = injected.view(-1, 1, 1, 1, 1) * node.bias.long().view(-1, 1, 1)
+        return self.plan.sums(node) + bias
 
     def scan(self, node: Population, values: dict[str, Any], steps: range, fired: Tensor) -> Planes:
-        """Fire through the block."""
-        packed, state = self.engine.populations[node.name], self.state[node.name]
-        drive, out = self.drive(node.depth, steps), self.plan.planes[node.name]
-        if not drive.any:
-            out = out.part(1, len(state))
-            out.image.copy_(state)
-            out.fill_border_()
-            return out
-        if packed.fused:
+        """Fire through the block, once somebody wants to know."""
+        packed = self.engine.packed[node.name]
+        if not packed.fused:
+            self.plan.give(packed, self.arrived(node, values, steps))
+        elif packed.held and not packed.images:
             if node.name not in self.currents:
-                self.currents[node.name] = self.engine.image_charge(packed, values)
-            charge = self.currents[node.name]
-        else:
-            charge = packed.numbers(self.charge(node, values, steps))
-            drive = kernels.Drive.of([1] * len(steps), [0] * len(steps), list(drive.fires))
-        moved = self.plan.calls[node.name].fire(
-            packed.sources(values),
-            charge,
-            drive,
-            self.fired[node.name],
-            threads=self.engine.threads,
-            signed=self.network.signed(node),
-        )
-        return out.part(len(steps) if moved else 1, len(state))
+                self.currents[node.name] = packed.image_charge(self.engine, values)
+            self.plan.give(packed, self.currents[node.name])
+        return self.plan.later(node.name)

@@ -12,17 +12,16 @@ import os
 from collections.abc import Sequence
 from ctypes import (
     POINTER,
-    Array,
     Structure,
     addressof,
     c_char_p,
     c_int32,
     c_int64,
-    c_uint8,
     c_void_p,
     sizeof,
 )
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,7 @@ class _Planes(Structure):
         ("image", c_int64),
         ("row", c_int64),
         ("pixel", c_int64),
+        ("moves", c_void_p),
     )
 
 
@@ -79,19 +79,20 @@ class _Layer(Structure):
         ("threshold", c_void_p),
         ("bias", c_void_p),
         ("start", c_void_p),
-        ("fired", c_void_p),
+        ("sums", c_void_p),
         ("branch_count", c_int32),
-        ("images", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
         ("channels", c_int32),
         ("block", c_int32),
-        ("steps", c_int32),
         ("high", c_int32),
         ("is_signed", c_int32),
-        ("constant", c_int32),
         ("border", c_int32 * 4),
         ("border_value", c_int32),
+        ("fired", c_void_p),
+        ("images", c_int32),
+        ("steps", c_int32),
+        ("constant", c_int32),
     )
 
 
@@ -99,11 +100,9 @@ class _Pool(Structure):
     _fields_ = (
         ("source", _Planes),
         ("out", _Planes),
-        ("images", c_int32),
         ("rows", c_int32),
         ("columns", c_int32),
         ("channels", c_int32),
-        ("steps", c_int32),
         ("source_rows", c_int32),
         ("source_columns", c_int32),
         ("kernel", c_int32 * 2),
@@ -112,7 +111,32 @@ class _Pool(Structure):
         ("padding", c_int32 * 2),
         ("border", c_int32 * 4),
         ("border_value", c_int32),
+        ("images", c_int32),
+        ("steps", c_int32),
     )
+
+
+class _Task(Structure):
+    _fields_ = (("work", c_void_p), ("kind", c_int32), ("population", c_int32))
+
+
+class _Block(Structure):
+    _fields_ = (
+        ("fired", c_void_p),
+        ("images", c_int32),
+        ("steps", c_int32),
+        ("level", c_int32),
+        ("threads", c_int32),
+    )
+
+
+class Kind(IntEnum):
+    """What a task does with its layer, or that it pools."""
+
+    FIRE = 0
+    SETTLE = 1
+    SUM = 2
+    MAX_POOL = 3
 
 
 @cache
@@ -132,16 +156,15 @@ def library() -> ctypes.CDLL:
         raise UsageError(f"the native engine cannot be loaded: {error}") from error
     try:
         loaded.snnconv_sizes.restype = c_int64
-        alike = loaded.snnconv_sizes() == sum(map(sizeof, (_Layer, _Branch, _Pool)))
+        ours = (_Layer, _Branch, _Pool, _Task, _Block)
+        alike = loaded.snnconv_sizes() == sum(map(sizeof, ours))
     except AttributeError:
         alike = False
     if not alike:
         raise UsageError("the native engine was built from other sources; install snnconv anew")
     loaded.snnconv_level_name.restype = c_char_p
-    for name, description in (("fire", _Layer), ("settle", _Layer), ("max_pool", _Pool)):
-        function = getattr(loaded, f"snnconv_{name}")
-        function.argtypes = [POINTER(description), c_int32, c_int32]
-        function.restype = c_int32 if name == "fire" else None
+    loaded.snnconv_run.argtypes = [c_void_p, c_int32, POINTER(_Block)]
+    loaded.snnconv_run.restype = None
     return loaded
 
 
@@ -176,14 +199,15 @@ class Planes:
     """Counts of one node over a block of steps.
 
     `data` is uint8 `[steps, N, H, W, channels]` with a border around the image; channels beyond
-    those of `shape` hold anything. One step stands for all where the counts do not change. A count
-    c is stored as `c + zero`.
+    those of `shape` hold anything. A count c is stored as `c + zero`. `moves`, int32 `[1]`, says
+    whether there is more than the first step, which stands for all else.
     """
 
     data: Tensor
     shape: tuple[int, ...]
     border: Border
     zero: int
+    moves: Tensor
 
     @staticmethod
     def size(
@@ -196,7 +220,7 @@ class Planes:
 
     def part(self, steps: int, images: int) -> Planes:
         """Return the first steps of the first images."""
-        return Planes(self.data[:steps, :images], self.shape, self.border, self.zero)
+        return replace(self, data=self.data[:steps, :images])
 
     @property
     def image(self) -> Tensor:
@@ -227,8 +251,7 @@ class Planes:
     def described(self) -> _Planes:
         """Return what the kernels see."""
         image = self.image
-        step, *others = image.stride()[:4]
-        return _Planes(image.data_ptr(), step if len(image) > 1 else 0, *others)
+        return _Planes(image.data_ptr(), *image.stride()[:4], self.moves.data_ptr())
 
 
 @dataclass(frozen=True)
@@ -237,7 +260,8 @@ class Branch:
 
     A depthwise convolution has int32 weights `[taps, channels]` and reads channels of the same
     number. `scale` and `first` are int32, per output channel and per block; `geometry` holds
-    kernel, stride, dilation and padding `(rows, columns)`.
+    kernel, stride, dilation and padding `(rows, columns)`. A shortcut reads the channels `channel`
+    further on.
     """
 
     scale: Tensor
@@ -246,10 +270,13 @@ class Branch:
     first: Tensor | None = None
     depth: int = 0
     geometry: dict[str, tuple[int, int]] = field(default_factory=dict)
+    channel: int = 0
 
     def described(self, source: Planes) -> _Branch:
         """Return what the kernels see, reading from `source`."""
-        branch = _Branch(source.described(), scale=self.scale.data_ptr(), depth=self.depth)
+        planes = source.described()
+        planes.data += self.channel
+        branch = _Branch(planes, scale=self.scale.data_ptr(), depth=self.depth)
         for name in ("weight", "depthwise", "first"):
             tensor = getattr(self, name)
             setattr(branch, name, None if tensor is None else tensor.data_ptr())
@@ -273,123 +300,114 @@ class Cell:
     high: int
 
 
-@dataclass(frozen=True)
-class Drive:
-    """What the populations of one depth get in a block, per step.
+class Program:
+    """Tasks in order, described once and run again and again, all or a few at a time."""
 
-    `injected` are the factors of the bias, `held` those of the charge handed in; `fires` says
-    whether they may fire, `any` whether they may at all.
-    """
+    def __init__(self, level: int) -> None:
+        """Begin without tasks, for an instruction set."""
+        self.level = level
+        self.works: list[_Layer | _Pool] = []
+        self.tasks = (_Task * 0)()
+        self.kept: list[Any] = []
 
-    held: Array[c_int32]
-    injected: Array[c_int32]
-    fires: Array[c_uint8]
-    any: bool
+    def layer(
+        self,
+        kind: Kind,
+        cell: Cell,
+        sources: Sequence[Planes],
+        out: Planes,
+        *,
+        state: Tensor | None = None,
+        timetable: Tensor | None = None,
+        held: Tensor | None = None,
+        charge: Tensor | None = None,
+        sums: Tensor | None = None,
+        signed: bool = False,
+        population: int = 0,
+    ) -> int:
+        """Add a layer that fires, settles or sums; return its number.
 
-    @classmethod
-    def of(cls, held: Sequence[int], injected: Sequence[int], fires: Sequence[bool]) -> Drive:
-        """Make the arrays."""
-        steps = len(fires)
-        numbers, flags = c_int32 * steps, c_uint8 * steps
-        return cls(numbers(*held), numbers(*injected), flags(*fires), any(fires))
-
-
-class Call:
-    """A population's kernels with all they work on, ready to be called again and again."""
-
-    def __init__(self, cell: Cell, sources: list[Planes], out: Planes, state: Tensor, level: int):
-        """Describe the population; `state` is uint8 `[N, H, W, channels]`."""
+        `state` is uint8 `[N, H, W, channels]`, `timetable` int32 `[2, steps]` how often the bias
+        has been injected and whether neurons may fire, `held` int32 `[steps]` the factors of the
+        `charge`, int32 `[steps or 1, N, H, W, channels]`, and `sums` of the same kind what a sum
+        is written to. Of the `out` of a sum only shape and `moves` count.
+        """
         branches = [b.described(s) for b, s in zip(cell.branches, sources, strict=True)]
+        array = (_Branch * len(branches))(*branches)
         _, rows, columns = spatial(out.shape)
-        self.level, self.sources = level, sources
-        self.branches = (_Branch * len(branches))(*branches)
-        self.layer = _Layer(
-            self.branches,
+        layer = _Layer(
+            array,
             out.described(),
-            _Planes(state.data_ptr(), 0, *state.stride()[:3]),
             threshold=cell.threshold.data_ptr(),
             bias=cell.bias.data_ptr(),
             start=cell.start.data_ptr(),
             branch_count=len(branches),
             rows=rows,
             columns=columns,
-            channels=out.data.shape[4],
+            channels=len(cell.bias),
             block=cell.block,
             high=cell.high,
+            is_signed=signed,
             border=out.border,
             border_value=out.zero,
         )
-        self.kept = cell, out, state
+        if state is not None:
+            layer.state = _Planes(state.data_ptr(), 0, *state.stride()[:3])
+        if timetable is not None:
+            layer.injected, layer.fires = (row.data_ptr() for row in timetable)
+        layer.held = None if held is None else held.data_ptr()
+        layer.sums = None if sums is None else sums.data_ptr()
+        self.kept += [cell, array, out, state, timetable, held, sums]
+        number = self._add(kind, layer, population)
+        if charge is not None:
+            self.give(number, charge)
+        return number
 
-    def fire(
-        self,
-        values: list[Planes],
-        charge: Tensor | None,
-        drive: Drive,
-        spikes: Tensor,
-        *,
-        threads: int,
-        signed: bool,
-    ) -> bool:
-        """Run through a block of steps, and write counts and state; return whether any fired.
+    def max_pool(self, source: Planes, out: Planes, attributes: dict[str, Any]) -> int:
+        """Add a pooling by the attributes of a `max_pool`; return its number."""
+        left, _, above, _ = attributes["padding"]
+        _, rows, columns = spatial(out.shape)
+        _, source_rows, source_columns = spatial(source.shape)
+        pool = _Pool(
+            source.described(),
+            out.described(),
+            rows,
+            columns,
+            out.data.shape[4],
+            source_rows,
+            source_columns,
+            attributes["kernel"],
+            attributes["stride"],
+            attributes["dilation"],
+            (above, left),
+            out.border,
+            out.zero,
+        )
+        self.kept += [source, out]
+        return self._add(Kind.MAX_POOL, pool, 0)
 
-        `values` are the parts of the sources that hold this block's counts, `charge` int32 `[steps
-        or 1, n, H, W, channels]`. `spikes`, int64 `[steps, n, 2]`, are the positive and negative
-        ones and must be 0 before.
-        """
-        layer = self._ready(values, charge, drive)
-        layer.steps, layer.images = spikes.shape[:2]
-        if layer.steps > MOST_STEPS:
-            raise ValueError(f"a block has {layer.steps} steps, and {MOST_STEPS} at most")
-        layer.fires, layer.fired = addressof(drive.fires), spikes.data_ptr()
-        layer.is_signed = signed
-        return bool(library().snnconv_fire(layer, self.level, threads))
+    def _add(self, kind: Kind, work: _Layer | _Pool, population: int) -> int:
+        self.works.append(work)
+        task = _Task(addressof(work), kind, population)
+        self.tasks = (_Task * len(self.works))(*self.tasks, task)
+        return len(self.works) - 1
 
-    def settle(
-        self, values: list[Planes], charge: Tensor | None, drive: Drive, images: int, threads: int
+    def give(self, number: int, charge: Tensor) -> None:
+        """Hand a layer a charge, int32 `[steps or 1, n, H, W, channels]`; keep it for its run."""
+        layer = self.works[number]
+        assert isinstance(layer, _Layer)
+        layer.charge = charge.data_ptr()
+        layer.charge_step = charge.stride(0) if len(charge) > 1 else 0
+
+    def run(
+        self, first: int, end: int, spikes: Tensor, steps: int, images: int, threads: int
     ) -> None:
-        """Write the counts the population ends at, one step."""
-        layer = self._ready(values, charge, drive)
-        layer.steps, layer.images = 1, images
-        library().snnconv_settle(layer, self.level, threads)
+        """Do the tasks first..end for a block of steps.
 
-    def _ready(self, values: list[Planes], charge: Tensor | None, drive: Drive) -> _Layer:
-        layer = self.layer
-        constant = charge is None or len(charge) == 1
-        for branch, source, value in zip(self.branches, self.sources, values, strict=True):
-            moves = len(value.data) > 1
-            branch.source.step = source.data.stride(0) if moves else 0
-            constant &= not moves
-        layer.constant = constant
-        layer.charge = None if charge is None else charge.data_ptr()
-        layer.charge_step = 0 if charge is None or len(charge) == 1 else charge.stride(0)
-        layer.held, layer.injected = addressof(drive.held), addressof(drive.injected)
-        return layer
-
-
-def max_pool(
-    source: Planes, out: Planes, attributes: dict[str, Any], level: int, threads: int
-) -> None:
-    """Write the largest count of every window at every step, by the attributes of a `max_pool`."""
-    left, _, above, _ = attributes["padding"]
-    steps, images, _, _, channels = out.data.shape
-    _, rows, columns = spatial(out.shape)
-    _, source_rows, source_columns = spatial(source.shape)
-    pool = _Pool(
-        source.described(),
-        out.described(),
-        images,
-        rows,
-        columns,
-        channels,
-        steps,
-        source_rows,
-        source_columns,
-        attributes["kernel"],
-        attributes["stride"],
-        attributes["dilation"],
-        (above, left),
-        out.border,
-        out.zero,
-    )
-    library().snnconv_max_pool(pool, level, threads)
+        `spikes`, int64 `[populations, steps, n, 2]`, are the positive and negative ones and must
+        be 0 before.
+        """
+        if steps > MOST_STEPS:
+            raise ValueError(f"a block has {steps} steps, and {MOST_STEPS} at most")
+        block = _Block(spikes.data_ptr(), images, steps, self.level, threads)
+        library().snnconv_run(addressof(self.tasks) + first * sizeof(_Task), end - first, block)

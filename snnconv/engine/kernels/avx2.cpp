@@ -57,5 +57,6 @@ inline Vec dot(Vec sum, int32_t four, Weights w) {
 #pragma clang attribute pop
 #endif
 
-const InstructionSet avx2{"avx2", LANES, 2, 128, run<false>, run<true>, max_pool};
+const InstructionSet avx2{"avx2",           LANES,   2, 128, run<SNNCONV_FIRE>, run<SNNCONV_SETTLE>,
+                          run<SNNCONV_SUM>, max_pool};
 #endif

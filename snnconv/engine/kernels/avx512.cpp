@@ -78,5 +78,7 @@ inline Vec dot(Vec sum, int32_t four, Weights w) {
 #pragma clang attribute pop
 #endif
 
-const InstructionSet avx512{"avx512-vnni", LANES, 4, 255, run<false>, run<true>, max_pool};
+const InstructionSet avx512{
+    "avx512-vnni",    LANES,   4, 255, run<SNNCONV_FIRE>, run<SNNCONV_SETTLE>,
+    run<SNNCONV_SUM>, max_pool};
 #endif

@@ -2,6 +2,7 @@
 
 #include "simd.h"
 
+#include <algorithm>
 #include <exception>
 #include <functional>
 #include <thread>
@@ -19,8 +20,8 @@ const InstructionSet *const LEVELS[] = {
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
 
 // Give every thread as many rows as any other. Starting threads costs little beside a layer.
-template <typename Task> void divide(Rows<Task> run, const Task &task, int threads) {
-    const int64_t rows = static_cast<int64_t>(task.images) * task.rows;
+template <typename Work> void divide(Rows<Work> run, const Work &work, int threads) {
+    const int64_t rows = static_cast<int64_t>(work.images) * work.rows;
     if (threads > rows) threads = static_cast<int>(rows);
     int left = static_cast<int>(rows); // the first rows, which no other thread has taken
     std::vector<std::thread> others;
@@ -28,19 +29,60 @@ template <typename Task> void divide(Rows<Task> run, const Task &task, int threa
         others.reserve(threads);
         for (int k = threads - 1; k > 0; k--) {
             const int first = static_cast<int>(rows * k / threads);
-            others.emplace_back(run, std::cref(task), first, left);
+            others.emplace_back(run, std::cref(work), first, left);
             left = first;
         }
     } catch (const std::exception &) { // there are no more threads to be had
     }
-    run(task, 0, left);
+    run(work, 0, left);
     for (std::thread &other : others)
         other.join();
 }
 
+bool moves(const Planes &planes) { return planes.moves && *planes.moves; }
+
+template <typename Number> bool any(const Number *numbers, int64_t count) {
+    return std::any_of(numbers, numbers + count, [](Number n) { return n != 0; });
+}
+
+void run(Layer layer, const Task &task, const Block &block) {
+    const InstructionSet &set = *LEVELS[block.level];
+    std::vector<Branch> branches(layer.branches, layer.branches + layer.branch_count);
+    layer.branches = branches.data();
+    layer.images = block.images;
+    layer.constant = !layer.charge_step;
+    for (Branch &branch : branches) {
+        if (moves(branch.source))
+            layer.constant = 0;
+        else
+            branch.source.step = 0;
+    }
+    layer.steps = block.steps;
+    if (task.kind == SNNCONV_FIRE) {
+        layer.fired =
+            block.fired + static_cast<int64_t>(task.population) * block.steps * block.images * 2;
+        if (!any(layer.fires, layer.steps)) layer.steps = 1;
+        divide(set.fire, layer, block.threads);
+        *layer.out.moves = any(layer.fired, static_cast<int64_t>(layer.steps) * layer.images * 2);
+    } else {
+        if (task.kind == SNNCONV_SETTLE || layer.constant) layer.steps = 1;
+        divide(task.kind == SNNCONV_SETTLE ? set.settle : set.sum, layer, block.threads);
+        *layer.out.moves = layer.steps > 1;
+    }
+}
+
+void max_pool(Pool pool, const Block &block) {
+    pool.images = block.images;
+    pool.steps = moves(pool.source) ? block.steps : 1;
+    divide(LEVELS[block.level]->max_pool, pool, block.threads);
+    *pool.out.moves = pool.steps > 1;
+}
+
 } // namespace
 
-int64_t snnconv_sizes(void) { return sizeof(Layer) + sizeof(Branch) + sizeof(Pool); }
+int64_t snnconv_sizes(void) {
+    return sizeof(Layer) + sizeof(Branch) + sizeof(Pool) + sizeof(Task) + sizeof(Block);
+}
 
 int snnconv_level(void) {
 #if defined(__x86_64__)
@@ -65,18 +107,10 @@ int snnconv_block(int level, int channels) {
     return block;
 }
 
-int snnconv_fire(const Layer *layer, int level, int threads) {
-    divide(LEVELS[level]->fire, *layer, threads);
-    const int64_t counters = static_cast<int64_t>(layer->steps) * layer->images * 2;
-    for (int64_t k = 0; k < counters; k++)
-        if (layer->fired[k]) return 1;
-    return 0;
-}
-
-void snnconv_settle(const Layer *layer, int level, int threads) {
-    divide(LEVELS[level]->settle, *layer, threads);
-}
-
-void snnconv_max_pool(const Pool *pool, int level, int threads) {
-    divide(LEVELS[level]->max_pool, *pool, threads);
+void snnconv_run(const Task *tasks, int count, const Block *block) {
+    for (const Task *task = tasks; task < tasks + count; task++)
+        if (task->kind == SNNCONV_MAX_POOL)
+            max_pool(*static_cast<const Pool *>(task->work), *block);
+        else
+            run(*static_cast<const Layer *>(task->work), *task, *block);
 }

@@ -62,12 +62,17 @@ inline int64_t offset(const Planes &planes, const Place &at) {
     return at.image * planes.image + at.row * planes.row + at.column * planes.pixel;
 }
 
+// Where a branch begins to read for an output.
+inline Place corner(const Branch &branch, const Place &at) {
+    return {at.image, at.row * branch.stride[0] - branch.padding[0],
+            at.column * branch.stride[1] - branch.padding[1], at.block};
+}
+
 // Add a convolution's sums at step t, not yet shifted.
 template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Layer &layer,
                                              const Branch &branch, const Place &at, int t) {
-    const Place corner{at.image, at.row * branch.stride[0] - branch.padding[0],
-                       at.column * branch.stride[1] - branch.padding[1], at.block};
-    const uint8_t *p = branch.source.data + t * branch.source.step + offset(branch.source, corner);
+    const uint8_t *p =
+        branch.source.data + t * branch.source.step + offset(branch.source, corner(branch, at));
     const int channel = at.block * layer.block;
     if (branch.depthwise) {
         convolve_depthwise(sum, branch, p + channel, branch.depthwise + channel, layer.channels);
@@ -104,11 +109,12 @@ inline void gather(Tile<P, Q> &total, const Layer &layer, const Place &at, int t
                     total.at[i][q] += sum.at[i][q] << load<Vec>(scale + LANES * q);
         } else {
             const uint8_t *plane = branch.source.data + t * branch.source.step;
-            const uint8_t *p = plane + offset(branch.source, at) + channel;
+            const uint8_t *p = plane + offset(branch.source, corner(branch, at)) + channel;
+            const int64_t next = branch.stride[1] * branch.source.pixel;
             UNROLLED(i, P)
                 UNROLLED(q, Q)
-                    total.at[i][q] += load<Vec>(scale + LANES * q) *
-                                      widened(p + i * branch.source.pixel + LANES * q);
+                    total.at[i][q] +=
+                        load<Vec>(scale + LANES * q) * widened(p + i * next + LANES * q);
         }
     }
 }
@@ -194,27 +200,48 @@ template <int P, int Q> void settle(const Layer &layer, const Place &at, Tally *
     }
 }
 
+template <int P, int Q> void sum(const Layer &layer, const Place &at, Tally *) {
+    const int channel = at.block * layer.block;
+    for (int t = 0; t < layer.steps; t++) {
+        Tile<P, Q> total;
+        gather(total, layer, at, t, layer.branch_count);
+        const int64_t image = static_cast<int64_t>(t) * layer.images + at.image;
+        const int64_t pixel = (image * layer.rows + at.row) * layer.columns + at.column;
+        int32_t *sums = layer.sums + pixel * layer.channels + channel;
+        UNROLLED(q, Q) {
+            const Vec bias = load<Vec>(layer.bias + channel + LANES * q);
+            UNROLLED(i, P) {
+                const Vec v = total.at[i][q] + bias;
+                std::memcpy(sums + i * layer.channels + LANES * q, &v, sizeof v);
+            }
+        }
+    }
+}
+
 using Kernel = void (*)(const Layer &, const Place &, Tally *);
 
-template <bool Settle, int Q, int... P>
-Kernel choose(int pixels, std::integer_sequence<int, P...>) {
-    static constexpr Kernel kernels[] = {(Settle ? settle<P + 1, Q> : fire<P + 1, Q>)...};
+template <Kind K, int P, int Q> constexpr Kernel kernel() {
+    return K == SNNCONV_FIRE ? fire<P, Q> : K == SNNCONV_SETTLE ? settle<P, Q> : sum<P, Q>;
+}
+
+template <Kind K, int Q, int... P> Kernel choose(int pixels, std::integer_sequence<int, P...>) {
+    static constexpr Kernel kernels[] = {kernel<K, P + 1, Q>()...};
     return kernels[pixels - 1];
 }
 
-template <bool Settle> Kernel choose(int pixels, int vectors) {
+template <Kind K> Kernel choose(int pixels, int vectors) {
     switch (vectors) {
 #if LARGEST_TILE_4 > 0
     case 4:
-        return choose<Settle, 4>(pixels, std::make_integer_sequence<int, LARGEST_TILE_4>{});
+        return choose<K, 4>(pixels, std::make_integer_sequence<int, LARGEST_TILE_4>{});
 #endif
 #if LARGEST_TILE_2 > 0
     case 2:
-        return choose<Settle, 2>(pixels, std::make_integer_sequence<int, LARGEST_TILE_2>{});
+        return choose<K, 2>(pixels, std::make_integer_sequence<int, LARGEST_TILE_2>{});
 #endif
 #if LARGEST_TILE_1 > 0
     case 1:
-        return choose<Settle, 1>(pixels, std::make_integer_sequence<int, LARGEST_TILE_1>{});
+        return choose<K, 1>(pixels, std::make_integer_sequence<int, LARGEST_TILE_1>{});
 #endif
     }
     return nullptr; // no block of this instruction set has so many
@@ -240,7 +267,7 @@ template <typename Output> void fill_border(const Output &layer, int image, int 
     }
 }
 
-int32_t sum(Vec v) {
+int32_t total_of(Vec v) {
     int32_t total = 0;
     for (int i = 0; i < LANES; i++)
         total += v[i];
@@ -248,7 +275,7 @@ int32_t sum(Vec v) {
 }
 
 // Run the rows first..last of all images: row r is row r % rows of image r / rows.
-template <bool Settle> void run(const Layer &layer, int first, int last) {
+template <Kind K> void run(const Layer &layer, int first, int last) {
     const int vectors = layer.block / LANES, blocks = layer.channels / layer.block;
     const int most = largest_tile(vectors), tiles = (layer.columns + most - 1) / most;
     Tally tally[SNNCONV_MOST_STEPS];
@@ -263,14 +290,14 @@ template <bool Settle> void run(const Layer &layer, int first, int last) {
                     const int column = layer.columns * tile / tiles,
                               next = layer.columns * (tile + 1) / tiles;
                     const Place at{image, r - image * layer.rows, column, block};
-                    choose<Settle>(next - column, vectors)(layer, at, tally);
+                    choose<K>(next - column, vectors)(layer, at, tally);
                 }
-        for (int r = begin; r < end; r++)
+        for (int r = begin; K != SNNCONV_SUM && r < end; r++)
             fill_border(layer, image, r - image * layer.rows);
-        for (int t = 0; !Settle && t < layer.steps; t++) {
+        for (int t = 0; K == SNNCONV_FIRE && t < layer.steps; t++) {
             int64_t *fired = layer.fired + (static_cast<int64_t>(t) * layer.images + image) * 2;
-            __atomic_fetch_add(fired, sum(tally[t].up), __ATOMIC_RELAXED);
-            __atomic_fetch_add(fired + 1, sum(tally[t].down), __ATOMIC_RELAXED);
+            __atomic_fetch_add(fired, total_of(tally[t].up), __ATOMIC_RELAXED);
+            __atomic_fetch_add(fired + 1, total_of(tally[t].down), __ATOMIC_RELAXED);
         }
         begin = end;
     }

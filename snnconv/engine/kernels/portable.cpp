@@ -36,4 +36,5 @@ inline Vec dot(Vec sum, int32_t four, Weights w) {
 #include "layer.inl"
 } // namespace
 
-const InstructionSet portable{"portable", LANES, 4, 255, run<false>, run<true>, max_pool};
+const InstructionSet portable{
+    "portable", LANES, 4, 255, run<SNNCONV_FIRE>, run<SNNCONV_SETTLE>, run<SNNCONV_SUM>, max_pool};

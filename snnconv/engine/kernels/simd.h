@@ -9,13 +9,13 @@
 #include "kernels.h"
 
 // Work on the rows first..last of all images, row r being row r % rows of image r / rows.
-template <typename Task> using Rows = void (*)(const Task &task, int first, int last);
+template <typename Work> using Rows = void (*)(const Work &work, int first, int last);
 
 struct InstructionSet {
     const char *name;
     int lanes, widest; // 32-bit numbers in a register, registers per pixel of the largest block
     int highest_count;
-    Rows<Layer> fire, settle;
+    Rows<Layer> fire, settle, sum;
     Rows<Pool> max_pool;
 };
 
