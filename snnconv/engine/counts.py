@@ -140,22 +140,27 @@ class Engine:
 
     def settle(self, node: Population, values: dict[str, Any]) -> Any:
         """Return the counts a population ends at."""
-        return self.settled(node, self.end_charge(node, values))
+        return self.settled(node, self.end_arrived(node, values), torch.tensor([self.timesteps]))
 
-    def settled(self, node: Population, charge: Tensor) -> Tensor:
-        """Return clip(floor((charge + V0)/theta), low, high), writing over `charge`.
+    def settled(self, node: Population, arrived: Tensor, injected: Tensor) -> Tensor:
+        """Return clip(floor((charge + V0)/theta), low, high), writing over what has arrived.
 
-        A correctly rounded quotient of integers has the right floor as long as they are exact in
-        a float type: v/theta is at least 1/theta below the next integer k, and k theta is about v.
+        The bias has been `injected` so often, `[steps]`. A correctly rounded quotient of integers
+        has the right floor as long as they are exact in a float type: v/theta is at least 1/theta
+        below the next integer k, and k theta is about v.
         """
         low, high = self.limits[node.name]
-        threshold = per_channel(node.threshold.to(charge.device), charge.ndim - 1)
-        charge += initial_membrane(threshold, self.network.initial_membrane)
-        if charge.is_floating_point():
-            charge.div_(threshold.to(charge.dtype)).floor_()
+        threshold = per_channel(node.threshold.to(arrived.device, arrived.dtype), arrived.ndim - 1)
+        start = initial_membrane(threshold, self.network.initial_membrane)
+        offset = self.charge(node).bias_charge(injected, arrived.ndim) + start
+        charge = arrived.add_(offset) if len(arrived) >= len(offset) else arrived + offset
+        if not charge.is_floating_point():
+            charge.div_(threshold, rounding_mode="floor").clamp_(low, high)
+        elif low < 0:
+            charge.div_(threshold).floor_().clamp_(low, high)
         else:
-            charge.div_(threshold, rounding_mode="floor")
-        return charge.clamp_(low, high).to(course_dtype(low, high))
+            charge.div_(threshold).clamp_(low, high)  # becoming an integer rounds down
+        return charge.to(course_dtype(low, high))
 
     def begin(self, steps: int, images: int) -> None:
         """Get ready for blocks of so many steps, or an end point, of so many images."""
@@ -397,19 +402,22 @@ class Simulation:
     ) -> tuple[Tensor, Tensor]:
         """Return the counts after each step, and how many neurons fired, `[steps, N]`."""
         count = self.state[node.name]
-        target = self.engine.settled(node, self.charge(node, values, steps))
+        injected = self._injections(steps, node.depth)
+        target = self.engine.settled(node, self.arrived(node, values, steps), injected)
         down = -1 if self.network.signed(node) else 0
-        counts = laid_out((len(steps), *count.shape), count.dtype, self.device)
-        # As integers: float32 ends at 2^24.
-        here = torch.zeros(len(steps), len(count), dtype=torch.int64, device=self.device)
+        counts, spikes = (
+            laid_out((len(steps), *count.shape), count.dtype, self.device) for _ in range(2)
+        )
         for i, fires in enumerate(active):
-            counts[i] = count
             if fires:
-                spikes = torch.sub(target[i if len(target) > 1 else 0], count).clamp_(down, 1)
-                counts[i] += spikes
-                here[i] = rows(spikes.abs_()).sum(1, dtype=torch.int32)
+                missing = torch.sub(target[i if len(target) > 1 else 0], count, out=spikes[i])
+                torch.add(count, missing.clamp_(down, 1), out=counts[i])
+            else:
+                spikes[i], counts[i] = 0, count
             count = counts[i]
-        return counts, here
+        # As integers: float32 ends at 2^24.
+        here = rows(spikes.abs_().flatten(0, 1)).sum(1, dtype=torch.int32)
+        return counts, here.view(len(steps), -1).long()
 
     def _fire_at_once(
         self, node: Population, values: dict[str, Any], steps: range, active: list[bool]

@@ -3,9 +3,12 @@
 #include "simd.h"
 
 #include <algorithm>
+#include <atomic>
+#include <condition_variable>
 #include <exception>
-#include <functional>
+#include <mutex>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -19,25 +22,67 @@ const InstructionSet *const LEVELS[] = {
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
 
-// Give every thread as many rows as any other. Starting threads costs little beside a layer.
-template <typename Work> void divide(Rows<Work> run, const Work &work, int threads) {
-    const int64_t rows = static_cast<int64_t>(work.images) * work.rows;
-    if (threads > rows) threads = static_cast<int>(rows);
-    int left = static_cast<int>(rows); // the first rows, which no other thread has taken
-    std::vector<std::thread> others;
-    try {
-        others.reserve(threads);
-        for (int k = threads - 1; k > 0; k--) {
-            const int first = static_cast<int>(rows * k / threads);
-            others.emplace_back(run, std::cref(work), first, left);
-            left = first;
-        }
-    } catch (const std::exception &) { // there are no more threads to be had
+// Hands out the pieces of one task after another. A thread that comes late finds less to do, and
+// nobody waits for it.
+class Pieces {
+public:
+    // Take a piece: the number of its task, and its own.
+    std::pair<uint32_t, uint32_t> take() {
+        const uint64_t ticket = tickets.fetch_add(1, std::memory_order_acq_rel);
+        return {static_cast<uint32_t>(ticket >> 32), static_cast<uint32_t>(ticket)};
     }
-    run(work, 0, left);
-    for (std::thread &other : others)
-        other.join();
-}
+
+    // Count a piece as done; return whether it was the last of the task.
+    bool done(uint32_t pieces) {
+        return finished.fetch_add(1, std::memory_order_acq_rel) + 1 == pieces;
+    }
+
+    // Go on to the task after one of which all is done.
+    void next(uint32_t task) {
+        finished.store(0, std::memory_order_relaxed);
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            tickets.store(static_cast<uint64_t>(task + 1) << 32, std::memory_order_release);
+        }
+        changed.notify_all();
+    }
+
+    // Wait until a task is over, at first without falling asleep: a layer takes less.
+    void wait(uint32_t task) {
+        const auto over = [&] { return tickets.load(std::memory_order_acquire) >> 32 != task; };
+        for (int turn = 0; turn < PATIENCE; turn++)
+            if (over()) return;
+        std::unique_lock<std::mutex> lock(mutex);
+        changed.wait(lock, over);
+    }
+
+private:
+    static constexpr int PATIENCE = 20000;
+    std::atomic<uint64_t> tickets{0};
+    std::atomic<uint32_t> finished{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+};
+
+// Rows of all images, in pieces of no more than an image.
+struct Cut {
+    int rows, rows_of_piece;
+
+    Cut(int images, int rows_of_image, int threads) : rows(images * rows_of_image) {
+        const int few = rows / (threads * PIECES_OF_THREAD);
+        rows_of_piece = few < 1 ? 1 : few < rows_of_image ? few : rows_of_image;
+        if (threads == 1) rows_of_piece = rows;
+    }
+
+    uint32_t pieces() const { return (rows + rows_of_piece - 1) / rows_of_piece; }
+
+    template <typename Work> void run(Rows<Work> run, const Work &work, uint32_t piece) const {
+        const int first = static_cast<int>(piece) * rows_of_piece, end = first + rows_of_piece;
+        run(work, first, end < rows ? end : rows);
+    }
+
+    static constexpr int PIECES_OF_THREAD = 4;
+};
 
 bool moves(const Planes &planes) { return planes.moves && *planes.moves; }
 
@@ -45,37 +90,72 @@ template <typename Number> bool any(const Number *numbers, int64_t count) {
     return std::any_of(numbers, numbers + count, [](Number n) { return n != 0; });
 }
 
-void run(Layer layer, const Task &task, const Block &block) {
-    const InstructionSet &set = *LEVELS[block.level];
-    std::vector<Branch> branches(layer.branches, layer.branches + layer.branch_count);
-    layer.branches = branches.data();
-    layer.images = block.images;
-    layer.constant = !layer.charge_step;
-    for (Branch &branch : branches) {
-        if (moves(branch.source))
-            layer.constant = 0;
-        else
-            branch.source.step = 0;
-    }
-    layer.steps = block.steps;
-    if (task.kind == SNNCONV_FIRE) {
-        layer.fired =
-            block.fired + static_cast<int64_t>(task.population) * block.steps * block.images * 2;
-        if (!any(layer.fires, layer.steps)) layer.steps = 1;
-        divide(set.fire, layer, block.threads);
-        *layer.out.moves = any(layer.fired, static_cast<int64_t>(layer.steps) * layer.images * 2);
-    } else {
-        if (task.kind == SNNCONV_SETTLE || layer.constant) layer.steps = 1;
-        divide(task.kind == SNNCONV_SETTLE ? set.settle : set.sum, layer, block.threads);
-        *layer.out.moves = layer.steps > 1;
-    }
-}
+// A layer as it is in a block: what does not move has one step, which stands for all.
+struct Ready {
+    Layer layer;
+    std::vector<Branch> branches;
 
-void max_pool(Pool pool, const Block &block) {
-    pool.images = block.images;
-    pool.steps = moves(pool.source) ? block.steps : 1;
-    divide(LEVELS[block.level]->max_pool, pool, block.threads);
-    *pool.out.moves = pool.steps > 1;
+    Ready(const Task &task, const Block &block)
+        : layer(*static_cast<const Layer *>(task.work)),
+          branches(layer.branches, layer.branches + layer.branch_count) {
+        layer.branches = branches.data();
+        layer.images = block.images;
+        layer.constant = !layer.charge_step;
+        for (Branch &branch : branches) {
+            if (moves(branch.source))
+                layer.constant = 0;
+            else
+                branch.source.step = 0;
+        }
+        const int64_t counters = static_cast<int64_t>(block.steps) * block.images * 2;
+        layer.fired = block.fired + task.population * counters;
+        const bool one = task.kind == SNNCONV_FIRE  ? !any(layer.fires, block.steps)
+                         : task.kind == SNNCONV_SUM ? layer.constant
+                                                    : true;
+        layer.steps = one ? 1 : block.steps;
+    }
+};
+
+// Do pieces of tasks until there are none; the last piece of a task says whether its planes move.
+void help(const Task *tasks, uint32_t count, const Block &block, Pieces &pieces) {
+    const InstructionSet &set = *LEVELS[block.level];
+    uint32_t number, piece;
+    std::tie(number, piece) = pieces.take();
+    while (number < count) {
+        const uint32_t current = number;
+        const Task &task = tasks[current];
+        const auto work_on = [&](auto run, const auto &work, int32_t *moves, const auto &moving) {
+            const Cut cut(work.images, work.rows, block.threads);
+            for (; number == current && piece < cut.pieces();
+                 std::tie(number, piece) = pieces.take()) {
+                cut.run(run, work, piece);
+                if (pieces.done(cut.pieces())) {
+                    *moves = moving();
+                    pieces.next(current);
+                }
+            }
+        };
+        if (task.kind == SNNCONV_MAX_POOL) {
+            Pool pool = *static_cast<const Pool *>(task.work);
+            pool.images = block.images;
+            pool.steps = moves(pool.source) ? block.steps : 1;
+            work_on(set.max_pool, pool, pool.out.moves, [&] { return pool.steps > 1; });
+        } else {
+            const Ready ready(task, block);
+            const Layer &layer = ready.layer;
+            const int64_t counters = static_cast<int64_t>(layer.steps) * layer.images * 2;
+            if (task.kind == SNNCONV_FIRE)
+                work_on(set.fire, layer, layer.out.moves,
+                        [&] { return any(layer.fired, counters); });
+            else
+                work_on(task.kind == SNNCONV_SETTLE ? set.settle : set.sum, layer, layer.out.moves,
+                        [&] { return layer.steps > 1; });
+        }
+        if (number == current) {
+            pieces.wait(current);
+            std::tie(number, piece) = pieces.take();
+        }
+    }
 }
 
 } // namespace
@@ -108,9 +188,16 @@ int snnconv_block(int level, int channels) {
 }
 
 void snnconv_run(const Task *tasks, int count, const Block *block) {
-    for (const Task *task = tasks; task < tasks + count; task++)
-        if (task->kind == SNNCONV_MAX_POOL)
-            max_pool(*static_cast<const Pool *>(task->work), *block);
-        else
-            run(*static_cast<const Layer *>(task->work), *task, *block);
+    Pieces pieces;
+    const auto work = [&] { help(tasks, static_cast<uint32_t>(count), *block, pieces); };
+    std::vector<std::thread> others;
+    try {
+        others.reserve(block->threads);
+        for (int k = 1; k < block->threads; k++)
+            others.emplace_back(work);
+    } catch (const std::exception &) { // there are no more threads to be had
+    }
+    work();
+    for (std::thread &other : others)
+        other.join();
 }
