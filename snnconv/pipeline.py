@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
 from snnconv.engine import prepare
-from snnconv.engine.trace import check_size
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import TRACE_TOLERANCE, Traced, difference, flatten_outputs, trace
@@ -101,7 +100,6 @@ def check_equal(
     """
     network = conversion.network
     timesteps = timesteps or network.timesteps
-    check_size(network, pixels)
     engine = prepare(network, timesteps, device=pixels.device)
     end = engine.endpoint(pixels, maps=True)
     found = verify(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from networks import NETWORKS, converted, images
 
-from snnconv.engine import Trace, counts, endpoint, native, simulate
+from snnconv.engine import Trace, counts, endpoint, native, prepare, simulate
 from snnconv.engine.linear import exact_dtype
 from snnconv.errors import SnnconvError, UsageError
 from snnconv.network import SpikingNetwork
@@ -165,3 +165,13 @@ def test_wrong_requests_are_refused() -> None:
         simulate(net, images(1), net.timetable(), "fast")
     with pytest.raises(UsageError, match="3x12x12, not 3x12x10"):
         simulate(net, images(1)[..., :10], net.timetable())
+    for engine in ("counts", "reference", "auto"):
+        ready = prepare(net, 5, engine)
+        for schedule in (net.timetable(4), replace(net.timetable(5), depth=2)):
+            with pytest.raises(UsageError, match="the schedule is for T"):
+                ready.simulate(images(1), schedule)
+        for pixels in (images(1)[:0], images(1).float()):
+            with pytest.raises(UsageError, match="at least one image of uint8"):
+                ready.simulate(pixels, net.timetable(5))
+            with pytest.raises(UsageError, match="at least one image of uint8"):
+                ready.endpoint(pixels)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from snnconv.engine import counts, native, reference
-from snnconv.engine.trace import Endpoint, Trace, check_size
+from snnconv.engine.trace import Endpoint, Trace
 from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.schedule import Schedule
@@ -42,10 +42,16 @@ class Engine(Protocol):
     name: str
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
-        """Simulate uint8 images `[N, C, H, W]` under a schedule of this T and depth."""
+        """Simulate uint8 images `[N, C, H, W]` under a schedule.
+
+        Raises UsageError for a schedule of another T or depth, and for images of another size.
+        """
 
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
-        """Compute where every exact schedule ends, with `maps` for poolings and the like too."""
+        """Compute where every exact schedule ends, with `maps` for poolings and the like too.
+
+        Raises UsageError for images of another size than the network's.
+        """
 
 
 def prepare(
@@ -78,11 +84,6 @@ def simulate(
     Raises UsageError for an unknown engine, a schedule of another depth, or images of another
     size than the network's.
     """
-    if schedule.depth != network.depth:
-        raise UsageError(
-            f"the schedule is for depth {schedule.depth}, the network has {network.depth}"
-        )
-    check_size(network, pixels)
     return prepare(network, schedule.timesteps, engine, pixels.device).simulate(pixels, schedule)
 
 
@@ -99,5 +100,4 @@ def endpoint(
     `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the like
     are kept beside the neurons'. Raises UsageError for images of another size than the network's.
     """
-    check_size(network, pixels)
     return prepare(network, timesteps, engine, pixels.device).endpoint(pixels, maps=maps)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from snnconv.engine import scan
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
-from snnconv.engine.trace import Endpoint, Trace
+from snnconv.engine.trace import Endpoint, Trace, check_images, check_schedule
 from snnconv.network import Image, Population, Readout, SpikingNetwork, count_dtype
 from snnconv.neuron import initial_membrane
 from snnconv.ops import per_channel
@@ -72,6 +72,8 @@ class Engine:
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
+        check_schedule(self.network, self.timesteps, schedule)
+        check_images(self.network, pixels)
         size = self.images_at_once(min(BLOCK_STEPS, self.timesteps))
         with exact_arithmetic():
             return _join([self.simulation(x, schedule).run() for x in pixels.split(size)])
@@ -82,6 +84,7 @@ class Engine:
         `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the
         like are kept beside the neurons'.
         """
+        check_images(self.network, pixels)
         with exact_arithmetic():
             parts = [self._end(x, maps) for x in pixels.split(self.images_at_once(1))]
         first = parts[0]

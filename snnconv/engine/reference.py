@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from snnconv.engine import counts
-from snnconv.engine.trace import Trace
+from snnconv.engine.trace import Trace, check_images, check_schedule
 from snnconv.network import Image, Population, Readout, SpikingNetwork
 from snnconv.neuron import initial_membrane, step
 from snnconv.ops import per_channel, sum_pool
@@ -28,6 +28,8 @@ class Engine(counts.Engine):
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule."""
+        check_schedule(self.network, self.timesteps, schedule)
+        check_images(self.network, pixels)
         with torch.no_grad():
             return _Simulation(self.network, pixels.cpu(), schedule).run().to(pixels.device)
 

@@ -73,8 +73,21 @@ class Endpoint:
         return readout.unit * self.charges[name].double() / self.timesteps
 
 
-def check_size(network: SpikingNetwork, pixels: Tensor) -> None:
-    """Raise UsageError unless images `[N, C, H, W]` have the size the network takes."""
+def check_schedule(network: SpikingNetwork, timesteps: int, schedule: Schedule) -> None:
+    """Raise UsageError unless a schedule is one of this T for the network."""
+    if (schedule.timesteps, schedule.depth) != (timesteps, network.depth):
+        raise UsageError(
+            f"the schedule is for T = {schedule.timesteps} and depth {schedule.depth}, the engine "
+            f"for T = {timesteps} and the network of depth {network.depth}"
+        )
+
+
+def check_images(network: SpikingNetwork, pixels: Tensor) -> None:
+    """Raise UsageError unless pixels are images `[N, C, H, W]` of the size the network takes."""
+    if pixels.dtype != torch.uint8 or not len(pixels):
+        raise UsageError(
+            f"an engine takes at least one image of uint8, not {len(pixels)} of {pixels.dtype}"
+        )
     expected = network.preprocessing.input_size
     if tuple(pixels.shape[1:]) != tuple(expected):
         raise UsageError(
