@@ -226,7 +226,7 @@ class Charge:
         for synapse in node.branches:
             low, high = limits[synapse.source]
             bound = int(charge_bounds(synapse, low, high).max())
-            dtype = exact_dtype(max(bound, -low, high))
+            dtype = self.dtype if synapse.kind == "scale" else exact_dtype(max(bound, -low, high))
             weight = synapse.weight.to(device, dtype)
             factor = torch.exp2(synapse.shift.float()).to(device, self.dtype)
             plain = not bool(synapse.shift.any())
@@ -251,6 +251,9 @@ class Charge:
         convolution = self.in_bytes[index]
         if convolution is not None:
             result = _pooled(synapse, convolution(x)).to(self.dtype)
+        elif synapse.kind == "scale":
+            factors = per_channel(weight, x.ndim)
+            result = _pooled(synapse, x.to(self.dtype, copy=True).mul_(factors))
         else:
             result = _linear(synapse, weight, x.to(weight.dtype)).to(self.dtype)
         if factor is not None:
