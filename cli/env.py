@@ -57,7 +57,7 @@ def environment() -> dict[str, Any]:
         "cores": _cores(),
         "threads": threads,
         "engine": _engine(),
-        "accelerators": accelerators,
+        "accelerators": [{**a, "engine": _counts_engine(a["device"])} for a in accelerators],
         "problems": problems,
     }
 
@@ -90,13 +90,16 @@ def _accelerator_text(accelerator: dict[str, Any]) -> str:
 
 def _counts_engine(device: str) -> dict[str, str | None]:
     """Say why the counts engine's fast ways do not serve on a device; None where they do."""
-    import torch
+    try:
+        import torch
 
-    from snnconv.engine import scan
-    from snnconv.engine.linear import bytes_multiply
+        from snnconv.engine import scan
+        from snnconv.engine.linear import bytes_multiply
 
-    place = torch.device(device)
-    multiply = bytes_multiply(place)
+        place = torch.device(device)
+        multiply = bytes_multiply(place)
+    except Exception as error:
+        return dict.fromkeys(("int8", "triton"), _explain(error))
     return {
         "int8": None if multiply else "torch has no exact product of int8 matrices there",
         "triton": scan.unavailable(place),
@@ -147,8 +150,6 @@ def _torch() -> tuple[int | None, list[dict[str, Any]]]:
             accelerators.append({"device": f"cuda:{index}", "name": found.name, "memory_gib": gib})
         if torch.backends.mps.is_available():
             accelerators.append({"device": "mps", "name": "Apple GPU", "memory_gib": None})
-        for accelerator in accelerators:
-            accelerator["engine"] = _counts_engine(accelerator["device"])
         return torch.get_num_threads(), accelerators
     except Exception:
         return None, accelerators

@@ -108,7 +108,8 @@ def rounded(
     integers = _integer_layers(qann, values, timesteps, weight_bits)
     for layer, node in zip(qann.weighted(), integers, strict=True):
         if isinstance(node, Population):
-            unit, bias = node.clip / node.threshold, node.bias + BETWEEN_INTEGERS / timesteps
+            unit = node.clip / node.threshold
+            bias = node.bias.to(dtype) + BETWEEN_INTEGERS / timesteps
         else:
             unit, bias = torch.ones_like(layer.bias, dtype=dtype) * node.unit, node.bias
         weights, scales = [], []
@@ -363,7 +364,7 @@ def _population(
 def _readout(layer: Layer, values: dict[str, tuple[Tensor, Tensor]], depth: int) -> Readout:
     """Round a readout; all its classes share one unit, so that their charges compare.
 
-    It stays a tensor, for reading it would wait for a GPU.
+    The unit stays a tensor here, for reading it would wait for a GPU.
     """
     rows, bias = _rows(layer, values)
     largest = _weighted_scale(layer, rows, bits=8).max()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,12 @@ from torch import Tensor
 Window = tuple[int, int, int]  # first row, one past the last row, rows to divide by
 
 
-@lru_cache(maxsize=256)
+@cache
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a vector that nobody may change, made once: a copy to a GPU would wait for it."""
+    """Return a vector that nobody may change, made once: a copy to a GPU would wait for it.
+
+    It is kept for good, for a recorded CUDA graph may read it.
+    """
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import NETWORKS, converted, images
 from test_engine import SCHEDULES, differences
 from torch import Tensor, nn
@@ -100,6 +101,44 @@ def test_wide_layers_at_any_time_step(timesteps: int, level: int) -> None:
     for name, end in expected.counts.items():
         assert torch.equal(found.counts[name], end), name
     assert torch.equal(found.charges["logits"], expected.charges["logits"])
+
+
+class Odd(nn.Module):
+    """Shortcuts that begin elsewhere, slices of slices, padding of nothing, flattened maps."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 20, 3, padding=1)
+        self.one, self.two = nn.Conv2d(20, 20, 3), nn.Conv2d(20, 40, 3, stride=2)
+        self.three, self.head = nn.Conv2d(40, 40, 1), nn.Conv2d(40, classes, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        x = (self.one(x) + x[:, :, 1:-1][:, :, :, 2:]).relu()
+        skip = F.pad(x[:, :, 1:-1, 1:-1][:, 3:][:, :, ::2][..., ::2], (0, 0, 0, 0, 5, 18))
+        x = (self.two(x) + skip).relu()
+        y = F.pad(x[:, 7:30], (0, 0, 0, 0, 0, 17))
+        x = (self.three(x) + F.pad(y, (0, 0, 0, 0))).relu()
+        return self.head(x).flatten(1)
+
+
+@pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
+@pytest.mark.parametrize("classes", [1, 3])
+def test_shortcuts_of_every_kind_and_flattened_maps(classes: int, level: int) -> None:
+    torch.manual_seed(classes)
+    preprocessing = Preprocessing((3, 9, 9), (0.5, 0.4, 0.6), (0.25, 0.3, 0.2))
+    pixels = torch.randint(0, 256, (4, 3, 9, 9), dtype=torch.uint8)
+    net = convert(Odd(classes).eval(), preprocessing, [pixels], timesteps=7).network
+    engine, truth = native.Engine(net, 7, level), Reference(net, 7)
+    read = [s.attributes for p in engine.packed.values() for s in p.synapses if s.kind == "scale"]
+    assert [a["start"] for a in read] == [(1, 2), (1, 1), (0, 0)]
+    assert [a["channel"] for a in read] == [0, -2, 7]
+    timetable = net.timetable(7)
+    assert not differences(engine.simulate(pixels, timetable), truth.simulate(pixels, timetable))
+    end, expected = engine.endpoint(pixels, maps=True), truth.endpoint(pixels, maps=True)
+    for name, counted in expected.counts.items():
+        assert torch.equal(end.counts[name].long(), counted.long()), name
+    assert torch.equal(end.charges["logits"], expected.charges["logits"])
 
 
 def test_weights_of_the_widest_layers_run_in_the_kernels() -> None:

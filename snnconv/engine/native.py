@@ -1,9 +1,10 @@
 """The native engine: the counts engine on bytes, its convolutions and neurons fused in C++.
 
 A population is one task: int8 weights times uint8 counts for every step of the block, and the
-neurons' course in the same pass over the image. Tasks are put off until somebody reads what they
-write, so that a usual network is one call a block. What the kernels do not know (odd poolings,
-large linear layers) is computed as in the counts engine and handed to them as charge.
+neurons' course in the same pass over the image. What images bring it is summed once, apart. Tasks
+are put off until somebody reads what they write, so that a usual network is one call a block. What
+the kernels do not know (odd poolings, large linear layers) is computed as in the counts engine and
+handed to them as charge.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ PIXEL = 255
 # What a shortcut reads that reads all there is: so many channels further on, the first pixel, and
 # how many pixels to the next.
 DIRECT = {"channel": 0, "start": (0, 0), "stride": (1, 1)}
-# Bytes before and behind every buffer, over which shortcuts may reach, to multiply them by 0.
+# Bytes before and behind the buffers of counts, over which shortcuts may reach, to multiply by 0.
 MARGIN = 512
 NO_BORDER = (0, 0, 0, 0)
 # A convolution of which each tap is read once.
@@ -484,7 +485,8 @@ class _Packed:
         self.fused = all(_known(s, engine) for s in self.synapses) and (shown or by_torch)
         if isinstance(node, Readout):
             bound = _bound(node, engine.limits, engine.timesteps)
-            self.fused &= bool(self.synapses) and not images and bound < INT32
+            flat = node.shape[0] != len(node.bias)  # a map that was flattened
+            self.fused &= bool(self.synapses) and not images and bound < INT32 and not flat
         if not self.fused:
             self.synapses = []
         self.held = self.fused and bool(images)
@@ -608,22 +610,28 @@ def _shortcut(synapse: Synapse, relay: Relay, engine: Engine) -> Synapse:
     before = engine.nodes[relay.inputs[0]]
     read = {**DIRECT, **synapse.attributes}
     weight = synapse.weight
-    if relay.op == "pad" and len(before.shape) == 3 and not any(relay.attributes["padding"][:4]):
-        first = relay.attributes["padding"][4] - read["channel"]
+    padding = relay.attributes.get("padding", ())
+    if relay.op == "pad" and len(before.shape) == 3 and not any(padding[:4]):
+        first = (padding[4] if len(padding) > 4 else 0) - read["channel"]
         inside = slice(max(first, 0), max(first + before.shape[0], 0))
         weight = torch.zeros_like(synapse.weight)
         weight[inside] = synapse.weight[inside]
         read["channel"] = -first
-    elif relay.op == "slice" and len(before.shape) == 3 and read["stride"] == (1, 1):
-        channels, rows, columns = (range(*s) for s in relay.attributes["slices"])
-        if channels.step != 1 or min(rows.step, columns.step) < 1:
+    elif relay.op == "slice" and len(before.shape) == 3:
+        channels, *axes = (range(*s) for s in relay.attributes["slices"])
+        if channels.step != 1 or any(axis.step < 1 for axis in axes):
             return synapse
         read["channel"] += channels.start
-        read["start"] = rows.start, columns.start
-        read["stride"] = rows.step, columns.step
+        read["start"] = tuple(
+            axis.start + axis.step * start for axis, start in zip(axes, read["start"], strict=True)
+        )
+        read["stride"] = tuple(
+            axis.step * stride for axis, stride in zip(axes, read["stride"], strict=True)
+        )
     else:
         return synapse
-    if not -MARGIN <= read["channel"] <= MARGIN:
+    beyond = read["channel"] + padded(len(weight)) - padded(before.shape[0])
+    if read["channel"] < -MARGIN or beyond > MARGIN:
         return synapse
     whole = replace(synapse, source=before.name, weight=weight, attributes=read)
     return _seen_through(whole, engine)

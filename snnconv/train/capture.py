@@ -35,7 +35,8 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(aside)
         self._forget()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Where recording fails, torch leaves its own stream as the current one.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
             loss, self.hits = compute(self.pixels, self.labels)
             loss.backward()
         self.loss = loss.detach()

@@ -302,7 +302,8 @@ class Training:
         if self._can_capture() and len(labels) == self.batch:
             key = self.student.timesteps, self._in_half()
             if key not in self.captured:
-                self.captured = {key: self._capture(compute, pixels, labels)}
+                self.captured.clear()  # its memory is free for the next
+                self.captured[key] = self._capture(compute, pixels, labels)
             step = self.captured[key]
             if step is not None:
                 return step(pixels, labels)

@@ -287,7 +287,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Cell:
-    """A population's branches, and int32 thresholds, biases and starts `[channels]`.
+    """What a node sums: branches, and int32 thresholds, biases and starts `[channels]`.
 
     `block` is the number of output channels of a block of weights, `high` the largest byte.
     """
@@ -393,7 +393,7 @@ class Program:
         return len(self.works) - 1
 
     def give(self, number: int, charge: Tensor) -> None:
-        """Hand a layer a charge, int32 `[steps or 1, n, H, W, channels]`; keep it for its run."""
+        """Hand a layer a charge, int32 `[steps or 1, n, H, W, channels]`; callers keep it."""
         layer = self.works[number]
         assert isinstance(layer, _Layer)
         layer.charge = charge.data_ptr()

@@ -22,6 +22,13 @@ const InstructionSet *const LEVELS[] = {
 };
 constexpr int COUNT = sizeof LEVELS / sizeof *LEVELS;
 
+// Leave the processor to its other thread for a moment.
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
 // Hands out the pieces of one task after another. A thread that comes late finds less to do, and
 // nobody waits for it.
 class Pieces {
@@ -50,14 +57,16 @@ public:
     // Wait until a task is over, at first without falling asleep: a layer takes less.
     void wait(uint32_t task) {
         const auto over = [&] { return tickets.load(std::memory_order_acquire) >> 32 != task; };
-        for (int turn = 0; turn < PATIENCE; turn++)
+        for (int turn = 0; turn < PATIENCE; turn++) {
             if (over()) return;
+            pause();
+        }
         std::unique_lock<std::mutex> lock(mutex);
         changed.wait(lock, over);
     }
 
 private:
-    static constexpr int PATIENCE = 20000;
+    static constexpr int PATIENCE = 1000;
     std::atomic<uint64_t> tickets{0};
     std::atomic<uint32_t> finished{0};
     std::mutex mutex;
