@@ -7,7 +7,7 @@
 # DATA has cifar10/ and mnist/ (train.npz and test.npz), CHECKPOINTS has
 # cifar10_resnet_akamaster/resnet20-12fca82f.th and mnist/shrinkbench_mnistnet.pt.
 # What is there already is kept; PATTERN chooses by name. An interrupted training goes on where it
-# was left. About two hours on 2 cores.
+# was left. About three hours on 2 cores; the first 29 epochs of ResNet-20 were run on a GPU, 14 s each.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=$(realpath --relative-to="$here" "$1")
