@@ -141,8 +141,8 @@ template <int P, int Q> inline void copy(const Course &course) {
 template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *tally) {
     const int channel = at.block * layer.block;
     // The sums of the last branch stay in registers, if there is something new at every step.
-    const Branch *last = layer.branches + layer.branch_count - 1;
-    const bool fused = layer.branch_count && convolves(*last) && !layer.constant;
+    const Branch *last = layer.branch_count ? layer.branches + layer.branch_count - 1 : nullptr;
+    const bool fused = last && convolves(*last) && !layer.constant;
     const int others = layer.branch_count - fused;
     const bool moving = (others && !layer.constant) || layer.charge;
     const Vec high = Vec{} + layer.high, is_signed = Vec{} - layer.is_signed;
