@@ -23,6 +23,7 @@ from torch import Tensor
 
 from snnconv.engine import counts, kernels, selfcheck
 from snnconv.engine.kernels import Border, Kind, Planes, Program, padded, spatial
+from snnconv.engine.linear import INT32
 from snnconv.engine.trace import Endpoint, Trace
 from snnconv.errors import UsageError
 from snnconv.network import (
@@ -39,7 +40,6 @@ from snnconv.plan import Relay
 from snnconv.quant import relay
 from snnconv.schedule import Schedule
 
-INT32 = 2**31
 # A threshold that the channels of padding, whose membranes stay 0, never reach.
 UNREACHED = 2**20
 # Bytes of the largest node's planes that one pass over the network works on.
