@@ -19,29 +19,37 @@
 namespace {
 #include "vectors.inl"
 
-inline Vec widened(const uint8_t *p) {
-    return reinterpret_cast<Vec>(
-        _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+using Bytes = __m128i; // the lower half of it
+
+inline Bytes filled(int value) { return _mm_move_epi64(_mm_set1_epi8(static_cast<char>(value))); }
+
+inline Bytes load_bytes(const uint8_t *p) {
+    return _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
 }
 
-inline void store(uint8_t *p, Vec v) {
+inline void store(uint8_t *p, Bytes bytes) {
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(p), bytes);
+}
+
+inline Vec widened(Bytes bytes) { return reinterpret_cast<Vec>(_mm256_cvtepu8_epi32(bytes)); }
+
+inline Bytes narrowed(Vec v) {
     const __m256i numbers = reinterpret_cast<__m256i>(v);
     const __m128i words =
         _mm_packus_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packus_epi16(words, words));
+    return _mm_packus_epi16(words, _mm_setzero_si128());
 }
 
-inline __m128i half(__m128i n, __m128i d) {
-    return _mm256_cvtpd_epi32(
-        _mm256_floor_pd(_mm256_div_pd(_mm256_cvtepi32_pd(n), _mm256_cvtepi32_pd(d))));
-}
+#include "tally.inl"
 
-inline Vec floored(Vec numerator, Vec denominator) {
-    const __m256i n = reinterpret_cast<__m256i>(numerator),
-                  d = reinterpret_cast<__m256i>(denominator);
-    const __m128i low = half(_mm256_castsi256_si128(n), _mm256_castsi256_si128(d));
-    const __m128i high = half(_mm256_extracti128_si256(n, 1), _mm256_extracti128_si256(d, 1));
-    return reinterpret_cast<Vec>(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
+inline void step(Bytes &counts, Vec membrane, Vec threshold, Bytes high, Bytes down,
+                 Tally &spikes) {
+    const Bytes reached = narrowed((membrane >= threshold) & 1);
+    const Bytes negative = narrowed((membrane < 0) & 1);
+    const Bytes more = _mm_min_epu8(_mm_adds_epu8(counts, reached), high);
+    const Bytes now = _mm_subs_epu8(more, _mm_and_si128(negative, down));
+    spikes.count(counts, more, now);
+    counts = now;
 }
 
 inline Vec dot(Vec sum, int32_t four, Weights w) {

@@ -1,20 +1,30 @@
 // One layer of neurons, for one instruction set.
 //
 // The including file defines LANES (32-bit numbers in a register), LARGEST_TILE_1, _2 and _4
-// (pixels of a tile of so many registers per pixel), and what needs its instructions: `widened` and
-// `store` (bytes to numbers and back), `step` with STEP_WITH_MASKS (neurons fire), `floored` (the
-// floor of a quotient; doubles are exact enough for it) and `dot` (four products a lane). All is in
-// an unnamed namespace, and functions of the standard library on plain types are left alone:
-// compiled here for one instruction set, they could end up being called by code for another.
-
-struct Tally {
-    Vec up, down;
-};
+// (pixels of a tile of so many registers per pixel), and what needs its instructions: `Bytes`, one
+// a lane, with `filled`, `load_bytes`, `store`, `widened` (to numbers) and `narrowed` (back), `dot`
+// (four products a lane), and `step`: neurons fire, up to the count `high`, and negative spikes
+// take `down` off, 1 or 0. A `Tally` holds what they fired. All is in an unnamed namespace, and
+// functions of the standard library on plain types are left alone: compiled here for one
+// instruction set, they could end up being called by code for another.
 
 // Registers of one tile: P pixels of a row by Q vectors of output channels.
 template <int P, int Q> struct Tile {
     Vec at[P][Q];
 };
+
+// Add the products of four channels of every pixel, and go on to the next four.
+template <int P, int Q>
+inline void multiply(Tile<P, Q> &sum, const uint8_t *p, int64_t next, const int8_t *w) {
+    Weights weights[Q];
+    UNROLLED(q, Q)
+        weights[q] = load<Weights>(w + 4 * LANES * q);
+    UNROLLED(i, P) {
+        const int32_t four = load<int32_t>(p + i * next);
+        UNROLLED(q, Q)
+            sum.at[i][q] = dot(sum.at[i][q], four, weights[q]);
+    }
+}
 
 template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Branch &branch,
                                              const uint8_t *corner, const int8_t *w) {
@@ -23,17 +33,12 @@ template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Branch &bran
         for (int x = 0; x < branch.kernel[1]; x++) {
             const uint8_t *p = corner + y * branch.dilation[0] * branch.source.row +
                                x * branch.dilation[1] * pixel;
-            for (int c = 0; c < branch.depth; c += 4) {
-                Weights weights[Q];
-                UNROLLED(q, Q)
-                    weights[q] = load<Weights>(w + 4 * LANES * q);
-                w += 4 * LANES * Q;
-                UNROLLED(i, P) {
-                    const int32_t four = load<int32_t>(p + i * next + c);
-                    UNROLLED(q, Q)
-                        sum.at[i][q] = dot(sum.at[i][q], four, weights[q]);
-                }
-            }
+            int c = 0;
+            for (; c + 16 <= branch.depth; c += 16, w += 16 * LANES * Q)
+                UNROLLED(k, 4)
+                    multiply(sum, p + c + 4 * k, next, w + 4 * k * LANES * Q);
+            for (; c < branch.depth; c += 4, w += 4 * LANES * Q)
+                multiply(sum, p + c, next, w);
         }
 }
 
@@ -49,7 +54,7 @@ template <int P, int Q> inline void convolve_depthwise(Tile<P, Q> &sum, const Br
             UNROLLED(q, Q) {
                 const Vec weights = load<Vec>(w + LANES * q);
                 UNROLLED(i, P)
-                    sum.at[i][q] += weights * widened(p + i * next + LANES * q);
+                    sum.at[i][q] += weights * widened(load_bytes(p + i * next + LANES * q));
             }
         }
 }
@@ -68,55 +73,82 @@ inline Place corner(const Branch &branch, const Place &at) {
             at.column * branch.stride[1] - branch.padding[1], at.block};
 }
 
-// Add a convolution's sums at step t, not yet shifted.
-template <int P, int Q> inline void convolve(Tile<P, Q> &sum, const Layer &layer,
-                                             const Branch &branch, const Place &at, int t) {
+inline bool convolves(const Branch &branch) { return branch.weight || branch.depthwise; }
+
+// What a convolution sums up at step t.
+template <int P, int Q> ALWAYS_INLINE Tile<P, Q> convolved(const Layer &layer, const Branch &branch,
+                                                           const Place &at, int t) {
     const uint8_t *p =
         branch.source.data + t * branch.source.step + offset(branch.source, corner(branch, at));
     const int channel = at.block * layer.block;
+    Tile<P, Q> sum{};
     if (branch.depthwise) {
         convolve_depthwise(sum, branch, p + channel, branch.depthwise + channel, layer.channels);
-        return;
+    } else {
+        const int64_t taps = static_cast<int64_t>(branch.kernel[0]) * branch.kernel[1];
+        convolve(sum, branch, p + branch.first[at.block],
+                 branch.weight + at.block * taps * branch.depth * layer.block);
     }
-    const int64_t taps = static_cast<int64_t>(branch.kernel[0]) * branch.kernel[1];
-    convolve(sum, branch, p + branch.first[at.block],
-             branch.weight + at.block * taps * branch.depth * layer.block);
+    UNROLLED(q, Q) {
+        const Vec scale = load<Vec>(branch.scale + channel + LANES * q);
+        UNROLLED(i, P)
+            sum.at[i][q] <<= scale;
+    }
+    return sum;
 }
 
-inline bool convolves(const Branch &branch) { return branch.weight || branch.depthwise; }
-
-// The charge at step t: what is handed in, and what the first branches bring.
-template <int P, int Q>
-inline void gather(Tile<P, Q> &total, const Layer &layer, const Place &at, int t, int branches) {
+// Add what a shortcut brings at step t.
+template <int P, int Q> ALWAYS_INLINE void
+add_shortcut(Tile<P, Q> &total, const Layer &layer, const Branch &branch, const Place &at, int t) {
     const int channel = at.block * layer.block;
-    total = Tile<P, Q>{};
-    if (layer.charge) {
-        const int64_t row = static_cast<int64_t>(at.image) * layer.rows + at.row;
-        const int32_t *charge = layer.charge + t * layer.charge_step + channel +
-                                (row * layer.columns + at.column) * layer.channels;
+    const uint8_t *p = branch.source.data + t * branch.source.step +
+                       offset(branch.source, corner(branch, at)) + channel;
+    const int64_t next = branch.stride[1] * branch.source.pixel;
+    UNROLLED(q, Q) {
+        const Vec factor = load<Vec>(branch.scale + channel + LANES * q);
         UNROLLED(i, P)
-            UNROLLED(q, Q)
-                total.at[i][q] = layer.held[t] * load<Vec>(charge + i * layer.channels + LANES * q);
+            total.at[i][q] += factor * widened(load_bytes(p + i * next + LANES * q));
     }
-    for (int b = 0; b < branches; b++) {
-        const Branch &branch = layer.branches[b];
-        const int32_t *scale = branch.scale + channel;
-        if (convolves(branch)) {
-            Tile<P, Q> sum{};
-            convolve(sum, layer, branch, at, t);
-            UNROLLED(i, P)
-                UNROLLED(q, Q)
-                    total.at[i][q] += sum.at[i][q] << load<Vec>(scale + LANES * q);
-        } else {
-            const uint8_t *plane = branch.source.data + t * branch.source.step;
-            const uint8_t *p = plane + offset(branch.source, corner(branch, at)) + channel;
-            const int64_t next = branch.stride[1] * branch.source.pixel;
-            UNROLLED(i, P)
-                UNROLLED(q, Q)
-                    total.at[i][q] +=
-                        load<Vec>(scale + LANES * q) * widened(p + i * next + LANES * q);
-        }
+}
+
+// Add the charge that is handed in for step t.
+template <int P, int Q>
+ALWAYS_INLINE void add_charge(Tile<P, Q> &total, const Layer &layer, const Place &at, int t) {
+    const int64_t row = static_cast<int64_t>(at.image) * layer.rows + at.row;
+    const int32_t *charge = layer.charge + t * layer.charge_step + at.block * layer.block +
+                            (row * layer.columns + at.column) * layer.channels;
+    UNROLLED(i, P)
+        UNROLLED(q, Q)
+            total.at[i][q] += layer.held[t] * load<Vec>(charge + i * layer.channels + LANES * q);
+}
+
+template <int P, int Q> ALWAYS_INLINE void add(Tile<P, Q> &total, const Tile<P, Q> &more) {
+    UNROLLED(i, P)
+        UNROLLED(q, Q)
+            total.at[i][q] += more.at[i][q];
+}
+
+// What all branches bring at step t; shortcuts are the first of them.
+template <int P, int Q>
+ALWAYS_INLINE Tile<P, Q> gathered(const Layer &layer, const Place &at, int t) {
+    int shortcuts = 0;
+    while (shortcuts < layer.branch_count && !convolves(layer.branches[shortcuts]))
+        shortcuts++;
+    Tile<P, Q> total{};
+    for (int b = shortcuts; b < layer.branch_count; b++) {
+        const Tile<P, Q> others = total;
+        total = convolved<P, Q>(layer, layer.branches[b], at, t);
+        if (b > shortcuts) add(total, others);
     }
+    for (int b = 0; b < shortcuts; b++)
+        add_shortcut(total, layer, layer.branches[b], at, t);
+    return total;
+}
+
+// The same where it is not worth as much code.
+template <int P, int Q>
+__attribute__((noinline)) Tile<P, Q> gathered_apart(const Layer &layer, const Place &at, int t) {
+    return gathered<P, Q>(layer, at, t);
 }
 
 // What a membrane holds at step t beside its charge, the same for all pixels.
@@ -140,39 +172,29 @@ template <int P, int Q> inline void copy(const Course &course) {
 
 template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *tally) {
     const int channel = at.block * layer.block;
-    // The sums of the last branch stay in registers, if there is something new at every step.
-    const Branch *last = layer.branch_count ? layer.branches + layer.branch_count - 1 : nullptr;
-    const bool fused = last && convolves(*last) && !layer.constant;
-    const int others = layer.branch_count - fused;
-    const bool moving = (others && !layer.constant) || layer.charge;
-    const Vec high = Vec{} + layer.high, is_signed = Vec{} - layer.is_signed;
+    Tile<P, Q> still;
+    if (layer.constant) still = gathered_apart<P, Q>(layer, at, 0);
+    const Bytes high = filled(layer.high), down = filled(layer.is_signed);
     uint8_t *state = layer.state.data + offset(layer.state, at) + channel;
     uint8_t *out = layer.out.data + offset(layer.out, at) + channel;
     Course course{state, layer.state.pixel, out, layer.out.pixel};
-    Tile<P, Q> total;
-    bool gathered = false;
     for (int t = 0; t < layer.steps; t++) {
         if (layer.fires[t]) {
-            if (!gathered || moving) gather(total, layer, at, t, others);
-            gathered = true;
-            Tile<P, Q> sum{};
-            if (fused) convolve(sum, layer, *last, at, t);
-            Vec ups{}, downs{};
+            Tile<P, Q> total = layer.constant ? still : gathered<P, Q>(layer, at, t);
+            if (layer.charge) add_charge(total, layer, at, t);
+            Tally spikes = tally[t];
             UNROLLED(q, Q) {
                 const int here = channel + LANES * q;
                 const Vec threshold = load<Vec>(layer.threshold + here);
                 const Vec base = injected(layer, t, here);
-                const Vec scale = fused ? load<Vec>(last->scale + here) : Vec{};
                 UNROLLED(i, P) {
-                    Vec counts = widened(course.before + i * course.pixel_before + LANES * q);
-                    const Vec charge = total.at[i][q] + (sum.at[i][q] << scale);
-                    const Vec membrane = charge + base - counts * threshold;
-                    step({counts, ups, downs}, membrane, threshold, high, is_signed);
+                    Bytes counts = load_bytes(course.before + i * course.pixel_before + LANES * q);
+                    const Vec membrane = total.at[i][q] + base - widened(counts) * threshold;
+                    step(counts, membrane, threshold, high, down, spikes);
                     store(course.now + i * course.pixel_now + LANES * q, counts);
                 }
             }
-            tally[t].up += ups;
-            tally[t].down += downs;
+            tally[t] = spikes;
         } else {
             copy<P, Q>(course);
         }
@@ -181,21 +203,29 @@ template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *ta
     copy<P, Q>({course.before, layer.out.pixel, state, layer.state.pixel});
 }
 
-template <int P, int Q> void settle(const Layer &layer, const Place &at, Tally *) {
+// Where neurons end: about the quotient of membrane and threshold, set right by one step more. In
+// single precision it is less than one off, as far as counts reach.
+template <int P, int Q> void settle(const Layer &layer, const Place &at, Tally *spikes) {
     const int channel = at.block * layer.block;
     uint8_t *out = layer.out.data + offset(layer.out, at) + channel;
-    Tile<P, Q> total;
-    gather(total, layer, at, 0, layer.branch_count);
+    Tile<P, Q> total = gathered_apart<P, Q>(layer, at, 0);
+    if (layer.charge) add_charge(total, layer, at, 0);
+    const Bytes high = filled(layer.high), down = filled(1);
+    const Floats most = Floats{} + static_cast<float>(layer.high);
     UNROLLED(q, Q) {
         const int here = channel + LANES * q;
         const Vec threshold = load<Vec>(layer.threshold + here);
         const Vec base = injected(layer, 0, here);
         UNROLLED(i, P) {
             const Vec membrane = total.at[i][q] + base;
-            Vec count = floored(membrane, threshold);
-            count = count < 0 ? Vec{} : count;
-            count = count > layer.high ? Vec{} + layer.high : count;
-            store(out + i * layer.out.pixel + LANES * q, count);
+            Floats about = __builtin_convertvector(membrane, Floats) /
+                           __builtin_convertvector(threshold, Floats);
+            about = about < Floats{} ? Floats{} : about;
+            about = about > most ? most : about;
+            const Vec estimate = __builtin_convertvector(about, Vec);
+            Bytes counts = narrowed(estimate);
+            step(counts, membrane - estimate * threshold, threshold, high, down, *spikes);
+            store(out + i * layer.out.pixel + LANES * q, counts);
         }
     }
 }
@@ -203,8 +233,8 @@ template <int P, int Q> void settle(const Layer &layer, const Place &at, Tally *
 template <int P, int Q> void sum(const Layer &layer, const Place &at, Tally *) {
     const int channel = at.block * layer.block;
     for (int t = 0; t < layer.steps; t++) {
-        Tile<P, Q> total;
-        gather(total, layer, at, t, layer.branch_count);
+        Tile<P, Q> total = gathered_apart<P, Q>(layer, at, t);
+        if (layer.charge) add_charge(total, layer, at, t);
         const int64_t image = static_cast<int64_t>(t) * layer.images + at.image;
         const int64_t pixel = (image * layer.rows + at.row) * layer.columns + at.column;
         int32_t *sums = layer.sums + pixel * layer.channels + channel;
@@ -267,13 +297,6 @@ template <typename Output> void fill_border(const Output &layer, int image, int 
     }
 }
 
-int32_t total_of(Vec v) {
-    int32_t total = 0;
-    for (int i = 0; i < LANES; i++)
-        total += v[i];
-    return total;
-}
-
 // Run the rows first..last of all images: row r is row r % rows of image r / rows.
 template <Kind K> void run(const Layer &layer, int first, int last) {
     const int vectors = layer.block / LANES, blocks = layer.channels / layer.block;
@@ -296,8 +319,8 @@ template <Kind K> void run(const Layer &layer, int first, int last) {
             fill_border(layer, image, r - image * layer.rows);
         for (int t = 0; K == SNNCONV_FIRE && t < layer.steps; t++) {
             int64_t *fired = layer.fired + (static_cast<int64_t>(t) * layer.images + image) * 2;
-            __atomic_fetch_add(fired, total_of(tally[t].up), __ATOMIC_RELAXED);
-            __atomic_fetch_add(fired + 1, total_of(tally[t].down), __ATOMIC_RELAXED);
+            __atomic_fetch_add(fired, tally[t].ups(), __ATOMIC_RELAXED);
+            __atomic_fetch_add(fired + 1, tally[t].downs(), __ATOMIC_RELAXED);
         }
         begin = end;
     }

@@ -10,20 +10,30 @@
 namespace {
 #include "vectors.inl"
 
-inline Vec widened(const uint8_t *p) { return __builtin_convertvector(load<Bytes>(p), Vec); }
+using Bytes = VectorOf<uint8_t, LANES>::type;
 
-inline void store(uint8_t *p, Vec v) {
-    const Bytes bytes = __builtin_convertvector(v, Bytes);
-    std::memcpy(p, &bytes, sizeof bytes);
-}
+inline Bytes filled(int value) { return Bytes{} + static_cast<uint8_t>(value); }
+inline Bytes load_bytes(const uint8_t *p) { return load<Bytes>(p); }
+inline void store(uint8_t *p, Bytes bytes) { std::memcpy(p, &bytes, sizeof bytes); }
+inline Vec widened(Bytes bytes) { return __builtin_convertvector(bytes, Vec); }
+inline Bytes narrowed(Vec v) { return __builtin_convertvector(v, Bytes); }
 
-inline Vec floored(Vec numerator, Vec denominator) {
-    Vec floors;
-    for (int lane = 0; lane < LANES; lane++) {
-        const int32_t quotient = numerator[lane] / denominator[lane];
-        floors[lane] = quotient - (quotient * denominator[lane] > numerator[lane]);
-    }
-    return floors;
+struct Tally {
+    Vec up, down;
+
+    static int32_t total(Vec v) { return v[0] + v[1] + v[2] + v[3]; }
+    int32_t ups() const { return total(up); }
+    int32_t downs() const { return total(down); }
+};
+
+inline void step(Bytes &counts, Vec membrane, Vec threshold, Bytes high, Bytes down,
+                 Tally &spikes) {
+    const Vec before = widened(counts);
+    const Vec ups = (membrane >= threshold) & (before < widened(high)) & 1;
+    const Vec downs = (membrane < 0) & (before > 0) & widened(down);
+    spikes.up += ups;
+    spikes.down += downs;
+    counts = narrowed(before + ups - downs);
 }
 
 inline Vec dot(Vec sum, int32_t four, Weights w) {

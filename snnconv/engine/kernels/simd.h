@@ -23,3 +23,6 @@ extern const InstructionSet portable, avx2, avx512;
 
 // A loop over the pixels or the registers of a tile: unrolled, so that a tile is registers.
 #define UNROLLED(i, count) _Pragma("GCC unroll 16") for (int i = 0; i < (count); i++)
+
+// For functions that hand on tiles, which else would go through memory.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
