@@ -3,6 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 KERNELS := $(wildcard snnconv/engine/kernels/*.cpp snnconv/engine/kernels/*.h snnconv/engine/kernels/*.inl)
+CPP := $(KERNELS) benchmarks/events.cpp
 SANITIZED := build/sanitized/kernels.so
 CXX ?= g++
 DEMO := demo/digits_resnet.snn.safetensors
@@ -31,7 +32,7 @@ test: $(STAMP) ## run the default tests
 check: $(STAMP) ## check format, lint, types, generated docs, then test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $(KERNELS)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_results.py --check
@@ -50,7 +51,7 @@ check-native: $(STAMP) $(SANITIZED) ## run the native code under AddressSanitize
 format: $(STAMP) ## format the code and mend what the linter can mend
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(KERNELS)
+	$(BIN)/clang-format -i $(CPP)
 
 docs: $(STAMP) ## write docs/cli.md, RESULTS.md and README's table anew
 	$(BIN)/python docs/generate_cli.py

@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ from snnconv.preprocess import Preprocessing
 NETWORKS = {
     "ResNet-20 32px": ("cifar_resnet20", 32),
     "ResNet-18 32px": ("cifar_resnet18", 32),
-    "ResNet-18 224px": ("resnet18", 224),
-    "MobileNetV1 224px": ("mobilenetv1_100", 224),
     "VGG-16 32px": ("cifar_vgg16", 32),
+    "MobileNetV1 224px": ("mobilenetv1_100", 224),
+    "ResNet-18 224px": ("resnet18", 224),
 }
 QUICK = {"networks": ("ResNet-20 32px", "ResNet-18 32px"), "batches": (16,), "timesteps": (8,)}
 FULL = {"networks": tuple(NETWORKS), "batches": (1, 16, 64), "timesteps": (1, 3, 8, 15, 32)}
@@ -54,7 +54,7 @@ OURS = ("native", "counts")
 PEER = ("spikingjelly step", "spikingjelly multi")
 REPETITIONS = 5
 REST = 0.05  # seconds
-# A case is not repeated so often that it takes longer than this.
+# A case is not repeated so often that it takes longer than this, but measured once at least.
 SECONDS = 60.0
 MEMORY_BATCH, MEMORY_STEPS = 16, (8, 32)
 MEMORY_OF = ("native", "counts", "endpoint native", "ann", "spikingjelly multi")
@@ -213,7 +213,7 @@ def measure(
     ways = case.ways(compiled)
     taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     first = sum(case.seconds(run)[1] for run in ways.values())
-    for _ in range(max(2, min(REPETITIONS, int(SECONDS / first)))):
+    for _ in range(max(1, min(REPETITIONS, int(SECONDS / first)))):
         for way, run in ways.items():
             taken[way].append(case.seconds(run))
     cpu, wall = (
@@ -282,22 +282,13 @@ def _extra_memory_apart(*case: Any) -> float | None:
     return float(json.loads(subprocess.run(command, capture_output=True, check=True).stdout))
 
 
-def report(plan: dict[str, Any], device: str, compiled: bool) -> dict[str, Any]:
-    """Measure everything in a plan, and the memory of `MEMORY_BATCH` images."""
+def report(plan: dict[str, Any], device: str, compiled: bool) -> Iterator[dict[str, Any]]:
+    """Measure everything in a plan, and the memory of `MEMORY_BATCH` images.
+
+    Yields the report after every case, as it grows.
+    """
     rows: list[dict[str, Any]] = []
-    for name in plan["networks"]:
-        for batch in plan["batches"]:
-            for timesteps in plan["timesteps"]:
-                found = measure(name, batch, timesteps, device, compiled)
-                if batch == MEMORY_BATCH:
-                    for row in found:
-                        case = name, batch, timesteps, row["engine"], device
-                        if timesteps in MEMORY_STEPS and row["engine"] in plan["memory"]:
-                            row["extra_memory_mib"] = _extra_memory_apart(*case)
-                rows += found
-                for row in found:
-                    print(_line(row), file=sys.stderr, flush=True)
-    return {
+    found: dict[str, Any] = {
         "schema": "snnconv.benchmark.engines/1",
         "version": __version__,
         "torch": torch.__version__,
@@ -307,13 +298,27 @@ def report(plan: dict[str, Any], device: str, compiled: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "command": shlex.join(["python", "benchmarks/engines.py", *sys.argv[1:]]),
         "rows": rows,
-        "growth_of_memory": [
+        "growth_of_memory": [],
+    }
+    for name in plan["networks"]:
+        for batch in plan["batches"]:
+            for timesteps in plan["timesteps"]:
+                measured = measure(name, batch, timesteps, device, compiled)
+                if batch == MEMORY_BATCH:
+                    for row in measured:
+                        case = name, batch, timesteps, row["engine"], device
+                        if timesteps in MEMORY_STEPS and row["engine"] in plan["memory"]:
+                            row["extra_memory_mib"] = _extra_memory_apart(*case)
+                rows += measured
+                for row in measured:
+                    print(_line(row), file=sys.stderr, flush=True)
+                yield found
+        found["growth_of_memory"] += [
             {"network": name, "engine": engine, "ratio": _growth(name, engine, device)}
-            for name in plan["networks"]
             for engine in _ours(device)
             if engine in plan["memory"]
-        ],
-    }
+        ]
+        yield found
 
 
 def _growth(name: str, engine: str, device: str) -> float | None:
@@ -400,9 +405,9 @@ def main() -> None:
     ):
         plan[key] = chosen or plan[key]
     plan["memory"] = () if arguments.no_memory else MEMORY_OF
-    found = report(plan, arguments.device, arguments.compiled)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for found in report(plan, arguments.device, arguments.compiled):
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
         plot(found["rows"], arguments.plot, "cpu" if arguments.device == "cpu" else "wall")
 

@@ -271,6 +271,27 @@ def test_one_engine_may_be_used_by_several_threads() -> None:
         assert set(pool.map(lambda _: selfcheck.wrong(engine), range(12))) == {None}
 
 
+def test_a_forked_process_has_its_own_threads() -> None:
+    program = """
+import os, torch
+from snnconv.engine import native, selfcheck
+torch.set_num_threads(3)
+network = selfcheck.sample()
+engine = native.Engine(network, selfcheck.TIMESTEPS)
+pixels = torch.full((5, *network.preprocessing.input_size), 7, dtype=torch.uint8)
+def charges():
+    trace = engine.simulate(pixels, network.timetable(selfcheck.TIMESTEPS))
+    return torch.cat([c.flatten() for c in trace.charges.values()]).tolist()
+expected = charges()
+child = os.fork()
+if not child:
+    os._exit(charges() != expected)  # torch cannot end there in order
+assert os.waitpid(child, 0)[1] == 0
+assert charges() == expected
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=300)
+
+
 def test_settings_of_precision_are_left_as_they_were() -> None:
     net = selfcheck.sample()
     before = torch.get_float32_matmul_precision()

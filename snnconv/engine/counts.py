@@ -57,6 +57,7 @@ class Engine:
         # The membrane's type is int32 where one kernel scans a block of steps.
         self.scans = scan.unavailable(self.device) is None
         self._charges: dict[str, Charge] = {}
+        self._rows: dict[str, Tensor] = {}
         # Maps nobody reads, for those behind them read what is before.
         self.hidden: frozenset[str] = frozenset()
         self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
@@ -71,13 +72,32 @@ class Engine:
             )
         return self._charges[node.name]
 
+    def rows(self, node: Population) -> Tensor:
+        """Return bias, threshold and initial membrane, int32 `[3, C]`, as the kernel reads them."""
+        if node.name not in self._rows:
+            start = initial_membrane(node.threshold, self.network.initial_membrane)
+            rows = torch.stack([node.bias, node.threshold, start])
+            self._rows[node.name] = rows.to(self.device, torch.int32)
+        return self._rows[node.name]
+
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
         check_schedule(self.network, self.timesteps, schedule)
         check_images(self.network, pixels)
         size = self.images_at_once(min(BLOCK_STEPS, self.timesteps))
+        counts = {
+            p.name: laid_out(
+                (len(pixels), *p.shape), count_dtype(*self.limits[p.name]), self.device
+            )
+            for p in self.network.populations
+        }
+        parts = []
         with exact_arithmetic():
-            return _join([self.simulation(x, schedule).run() for x in pixels.split(size)])
+            for first in range(0, len(pixels), size):
+                here = slice(first, first + size)
+                simulation = self.simulation(pixels[here], schedule)
+                parts.append(simulation.run({name: c[here] for name, c in counts.items()}))
+        return _join(parts, counts)
 
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
         """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
@@ -240,7 +260,6 @@ class Simulation:
         self.pixels = pixels
         self.running = torch.arange(self.images, device=self.device)
         self.state = {p.name: self.initial(p) for p in self.network.populations}
-        self.counts: dict[str, Tensor] = {}
         self.spikes = {p.name: self._zeros(2, dtype=torch.int64) for p in self.network.populations}
         self.last_spike = self._zeros(dtype=torch.int64)
         self.charges: dict[str, list[Tensor]] = {r.name: [] for r in self.network.readouts}
@@ -257,8 +276,11 @@ class Simulation:
         """Return the counts `[n, ...]` of a state."""
         return state
 
-    def run(self) -> Trace:
-        """Simulate until the schedule ends, or nothing fires where it says so."""
+    def run(self, counts: dict[str, Tensor]) -> Trace:
+        """Simulate until the schedule ends, or nothing fires where it says so.
+
+        The final counts are written into `counts`, `[N, ...]` per population.
+        """
         schedule = self.schedule
         done = 0
         while done < schedule.longest and len(self.running):
@@ -267,8 +289,8 @@ class Simulation:
             fired = self._block(range(done + 1, end + 1))
             done = end
             if schedule.drain is None and done >= schedule.steps_before_drain:
-                self._retire(fired[-1])
-        self._retire(torch.zeros(len(self.running), device=self.device))
+                self._retire(fired[-1] == 0, counts)
+        self._retire(torch.ones_like(self.running, dtype=torch.bool), counts)
         steps = done
         if schedule.drain is None:
             steps = max(int(self.last_spike.max()), schedule.steps_before_drain)
@@ -280,26 +302,23 @@ class Simulation:
                 r.name: [schedule.bias_steps(t, r.depth) for t in range(1, steps + 1)]
                 for r in self.network.readouts
             },
-            self.counts,
+            counts,
             self.spikes,
             self.last_spike,
         )
 
-    def _retire(self, fired: Tensor) -> None:
-        """Take the images out that fired nothing in the last step; nothing can happen to them."""
-        quiet = fired == 0
+    def _retire(self, quiet: Tensor, counts: dict[str, Tensor]) -> None:
+        """Take images out, `[n]`: nothing can happen to them any more."""
         if not bool(quiet.any()):
             return
-        together = bool(quiet.all()) and len(quiet) == self.images
+        everything = bool(quiet.all()) and len(quiet) == self.images
         for p in self.network.populations:
-            dtype = count_dtype(*self.engine.limits[p.name])
-            if together:
-                self.counts[p.name] = self.final(p, self.state[p.name]).to(dtype)
-                continue
-            if p.name not in self.counts:
-                self.counts[p.name] = self._zeros(*p.shape, dtype=dtype)
-            counts = self.final(p, self.state[p.name][quiet])
-            self.counts[p.name][self.running[quiet]] = counts.to(dtype)
+            state = self.state[p.name]
+            if everything:
+                counts[p.name].copy_(self.final(p, state))
+            else:
+                final = self.final(p, state[quiet])
+                counts[p.name][self.running[quiet]] = final.to(counts[p.name].dtype)
         self.keep(~quiet)
 
     def keep(self, still: Tensor) -> None:
@@ -435,20 +454,18 @@ class Simulation:
         """Do the same with one kernel."""
         injected = [self.schedule.bias_steps(t, node.depth) for t in steps]
         timetable = torch.tensor([injected, active], dtype=torch.int32, device=self.device)
-        start = initial_membrane(node.threshold, self.network.initial_membrane)
-        rows = torch.stack([node.bias, node.threshold, start]).to(self.device, torch.int32)
         return scan.scan(
             self.arrived(node, values, steps),
             timetable,
-            rows,
+            self.engine.rows(node),
             self.state[node.name],
             self.engine.limits[node.name],
             self.network.signed(node),
         )
 
 
-def _join(parts: list[Trace]) -> Trace:
-    """Put chunks side by side; one that ended early stays as it was."""
+def _join(parts: list[Trace], counts: dict[str, Tensor]) -> Trace:
+    """Put chunks side by side, with the counts of all; one that ended early stays as it was."""
     if len(parts) == 1:
         return parts[0]
     steps = max(part.steps for part in parts)
@@ -466,7 +483,7 @@ def _join(parts: list[Trace]) -> Trace:
             for name in longest.charges
         },
         longest.bias_steps,
-        {name: torch.cat([part.counts[name] for part in parts]) for name in longest.counts},
+        counts,
         {name: torch.cat([part.spikes[name] for part in parts]) for name in longest.spikes},
         torch.cat([part.last_spike for part in parts]),
     )

@@ -253,15 +253,13 @@ class Engine(counts.Engine):
         """Return the final counts of a node, `[N, ...]`."""
         if name not in self.neurons:
             return super().end_counts(name, value)
-        return _counts(self.plan.done(value), count_dtype(*self.limits[name]))
+        return _counts(self.plan.done(value)).to(count_dtype(*self.limits[name]), copy=True)
 
 
-def _counts(planes: Planes, dtype: torch.dtype) -> Tensor:
-    """Return the counts of the first step, `[N, ...]`, no part of any buffer."""
+def _counts(planes: Planes) -> Tensor:
+    """Return the counts of the first step, integers `[N, ...]`, perhaps in the planes' memory."""
     found = planes.bytes[0]
-    if planes.zero:
-        return (found.to(torch.int16) - planes.zero).to(dtype)
-    return found.to(dtype, copy=True)
+    return found.to(torch.int16) - planes.zero if planes.zero else found
 
 
 def _in_bytes(network: SpikingNetwork, limits: dict[str, tuple[int, int]]) -> set[str]:
@@ -748,8 +746,7 @@ class _Simulation(counts.Simulation):
     def final(self, node: Population, state: Tensor) -> Tensor:
         """Return the counts `[n, ...]` of a state."""
         packed = self.engine.packed[node.name]
-        planes = Planes(state[None], node.shape, NO_BORDER, packed.zero, self.plan.once)
-        return _counts(planes, count_dtype(*self.engine.limits[node.name]))
+        return _counts(Planes(state[None], node.shape, NO_BORDER, packed.zero, self.plan.once))
 
     def keep(self, still: Tensor) -> None:
         """Go on with some of the running images, at the front of the plan's buffers."""

@@ -6,10 +6,15 @@
 #include <atomic>
 #include <condition_variable>
 #include <exception>
+#include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <tuple>
 #include <vector>
+
+#include <sys/types.h>
+#include <unistd.h>
 
 namespace {
 
@@ -71,6 +76,81 @@ private:
     std::atomic<uint32_t> finished{0};
     std::mutex mutex;
     std::condition_variable changed;
+};
+
+// Threads that wait for work; to start one anew takes longer than a layer.
+class Crew {
+public:
+    // The crew of the calling thread. It ends with the thread; a forked process has none of it.
+    static Crew &of_this_thread() {
+        thread_local std::unique_ptr<Crew, Dismissal> crew;
+        if (!crew || crew->process != getpid()) {
+            crew.release(); // not ours to end
+            crew.reset(new Crew);
+        }
+        return *crew;
+    }
+
+    // Let so many threads work, this one among them. It waits for none that has not begun.
+    void run(int threads, const std::function<void()> &work) {
+        try {
+            while (static_cast<int>(others.size()) < threads - 1)
+                others.emplace_back([this] { wait_for_work(); });
+        } catch (const std::exception &) { // there are no more threads to be had
+        }
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            current = &work;
+            places = threads - 1;
+        }
+        wanted.notify_all();
+        work();
+        std::unique_lock<std::mutex> lock(mutex);
+        places = 0;
+        idle.wait(lock, [this] { return busy == 0; });
+    }
+
+private:
+    struct Dismissal {
+        void operator()(Crew *crew) const {
+            if (crew->process == getpid()) delete crew;
+        }
+    };
+
+    Crew() = default;
+
+    ~Crew() {
+        {
+            const std::lock_guard<std::mutex> lock(mutex);
+            over = true;
+        }
+        wanted.notify_all();
+        for (std::thread &other : others)
+            other.join();
+    }
+
+    void wait_for_work() {
+        std::unique_lock<std::mutex> lock(mutex);
+        while (true) {
+            wanted.wait(lock, [this] { return places > 0 || over; });
+            if (over) return;
+            places--;
+            busy++;
+            const std::function<void()> &work = *current;
+            lock.unlock();
+            work();
+            lock.lock();
+            if (--busy == 0) idle.notify_one();
+        }
+    }
+
+    const pid_t process = getpid();
+    std::vector<std::thread> others;
+    std::mutex mutex;
+    std::condition_variable wanted, idle;
+    const std::function<void()> *current = nullptr;
+    int places = 0, busy = 0; // threads that may still join in, and those that work
+    bool over = false;
 };
 
 // Rows of all images, in pieces of no more than an image.
@@ -198,15 +278,6 @@ int snnconv_block(int level, int channels) {
 
 void snnconv_run(const Task *tasks, int count, const Block *block) {
     Pieces pieces;
-    const auto work = [&] { help(tasks, static_cast<uint32_t>(count), *block, pieces); };
-    std::vector<std::thread> others;
-    try {
-        others.reserve(block->threads);
-        for (int k = 1; k < block->threads; k++)
-            others.emplace_back(work);
-    } catch (const std::exception &) { // there are no more threads to be had
-    }
-    work();
-    for (std::thread &other : others)
-        other.join();
+    Crew::of_this_thread().run(block->threads,
+                               [&] { help(tasks, static_cast<uint32_t>(count), *block, pieces); });
 }
