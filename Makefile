@@ -36,6 +36,7 @@ check: $(STAMP) ## check format, lint, types, generated docs, then test
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_results.py --check
+	$(BIN)/python docs/generate_performance.py --check
 	$(MAKE) test
 
 $(SANITIZED): $(KERNELS)
@@ -53,9 +54,10 @@ format: $(STAMP) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-docs: $(STAMP) ## write docs/cli.md, RESULTS.md and README's table anew
+docs: $(STAMP) ## write docs/cli.md, RESULTS.md and the tables of README and performance.md anew
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_results.py
+	$(BIN)/python docs/generate_performance.py
 
 clean: ## remove what the tools and the demo left behind (not .venv)
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,7 @@
 """What simulating T steps costs, against one forward pass of the ANN and against SpikingJelly.
 
     python benchmarks/engines.py [--quick] [--device cuda] [--json FILE] [--plot FILE]
+    python benchmarks/engines.py --stored FILE [--stored FILE] --plot FILE
 
 All run side by side in one process, taking turns, so that what else the machine does falls on all
 of them; the median of the repetitions counts. The ANN is the float network with BatchNorm folded,
@@ -54,8 +55,11 @@ OURS = ("native", "counts")
 PEER = ("spikingjelly step", "spikingjelly multi")
 REPETITIONS = 5
 REST = 0.05  # seconds
-# A case is not repeated so often that it takes longer than this, but measured once at least.
+# A case is not repeated so often that it takes longer than this. One that takes longer by itself is
+# measured once, without a run to warm up.
 SECONDS = 60.0
+# All steps at once need memory for all of them: 33 GiB for 64 images of 224 pixels and 32 steps.
+MOST_PIXELS = 2**26
 MEMORY_BATCH, MEMORY_STEPS = 16, (8, 32)
 MEMORY_OF = ("native", "counts", "endpoint native", "ann", "spikingjelly multi")
 
@@ -136,10 +140,15 @@ class Case:
         found |= {engine: self.trajectory(engine) for engine in _ours(self.device)}
         found |= {f"endpoint {engine}": self.endpoint(engine) for engine in _ours(self.device)}
         try:
-            found |= {name: self.spikingjelly(name.split()[1][0]) for name in PEER}
+            found |= {name: self.spikingjelly(name.split()[1][0]) for name in self.peers()}
         except ImportError:
             print("SpikingJelly is not installed", file=sys.stderr)
         return found
+
+    def peers(self) -> list[str]:
+        """Return the modes of SpikingJelly there is memory for."""
+        pixels = self.batch * self.timesteps * self.images.shape[2] * self.images.shape[3]
+        return [name for name in PEER if pixels <= MOST_PIXELS or not name.endswith("multi")]
 
     def seconds(self, run: Run) -> tuple[float, float]:
         """Return the processor's and the clock's seconds of a run, after a rest.
@@ -211,11 +220,11 @@ def measure(
     """Run one case in every way, taking turns; return a row for each."""
     case = Case(name, batch, timesteps, device)
     ways = case.ways(compiled)
-    taken: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
-    first = sum(case.seconds(run)[1] for run in ways.values())
-    for _ in range(max(1, min(REPETITIONS, int(SECONDS / first)))):
+    taken = {way: [case.seconds(run)] for way, run in ways.items()}
+    repetitions = min(REPETITIONS, int(SECONDS / sum(wall for ((_, wall),) in taken.values())))
+    for turn in range(repetitions):
         for way, run in ways.items():
-            taken[way].append(case.seconds(run))
+            taken[way] = (taken[way] if turn else []) + [case.seconds(run)]
     cpu, wall = (
         {way: statistics.median(t[k] for t in times) for way, times in taken.items()}
         for k in (0, 1)
@@ -353,14 +362,18 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, clock: str) -> None:
-    """Draw the cost against T, and per image against the batch, by a clock: `cpu` or `wall`."""
+    """Draw the cost against T, and per image against the batch, by a clock: `cpu` or `wall`.
+
+    Above, a cost proportional to T runs along the dotted lines; below, one proportional to the
+    batch runs level.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     names = list(dict.fromkeys(row["network"] for row in rows))
-    figure, axes = pyplot.subplots(2, len(names), figsize=(4 * len(names), 7), squeeze=False)
+    figure, axes = pyplot.subplots(2, len(names), figsize=(3.4 * len(names), 7), squeeze=False)
     for name, (above, below) in zip(names, axes.T, strict=True):
         for axis, x, held, value in (
             (above, "timesteps", ("batch", 16), f"ratio_to_ann_{clock}"),
@@ -369,13 +382,27 @@ def plot(rows: list[dict[str, Any]], path: Path, clock: str) -> None:
             here = [r for r in rows if r["network"] == name and r[held[0]] == held[1]]
             for engine in dict.fromkeys(r["engine"] for r in here):
                 points = sorted((r[x], r[value]) for r in here if r["engine"] == engine)
-                axis.plot(*zip(*points, strict=True), marker="o", label=engine)
-            axis.set(xlabel=f"{x} ({held[0]} {held[1]})", yscale="log", title=name)
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=4, label=engine)
+            ticks = sorted({r[x] for r in here})
+            axis.set(xlabel=f"{x} ({held[0]} {held[1]})", xscale="log", yscale="log", title=name)
+            axis.set_xticks(ticks, map(str, ticks), minor=False)
+            axis.minorticks_off()
+        for engine in ("native", "spikingjelly step"):
+            through = [
+                r[f"ratio_to_ann_{clock}"]
+                for r in rows
+                if (r["network"], r["engine"], r["batch"], r["timesteps"]) == (name, engine, 16, 8)
+            ]
+            if through:
+                steps = [1, 32]
+                line = [through[0] * t / 8 for t in steps]
+                above.plot(steps, line, color="gray", linestyle=":", linewidth=1)
         above.set(ylabel=f"{clock} time, ANN forwards")
-        below.set(ylabel=f"{clock} time per image, ms", xscale="log")
-    axes[0][0].legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+        below.set(ylabel=f"{clock} time per image, ms")
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="lower center", ncols=len(labels), fontsize="small")
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
@@ -389,6 +416,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="torch.compile's ANN beside")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument(
+        "--stored", type=Path, action="append", help="measure nothing, plot these reports"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--memory", nargs=5, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -405,11 +435,16 @@ def main() -> None:
     ):
         plan[key] = chosen or plan[key]
     plan["memory"] = () if arguments.no_memory else MEMORY_OF
-    for found in report(plan, arguments.device, arguments.compiled):
-        if arguments.json:
-            arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for path in arguments.stored or ():
+        rows += json.loads(path.read_text(encoding="utf-8"))["rows"]
+    if not arguments.stored:
+        for found in report(plan, arguments.device, arguments.compiled):
+            rows = found["rows"]
+            if arguments.json:
+                arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if arguments.plot:
-        plot(found["rows"], arguments.plot, "cpu" if arguments.device == "cpu" else "wall")
+        plot(rows, arguments.plot, "cpu" if arguments.device == "cpu" else "wall")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ def main(args: list[str]) -> int:
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     table = _table(_COLUMNS, [e for e in evaluations if _main(e)])
+    comparisons = [
+        {**json.loads(path.read_text(encoding="utf-8")), "report": path.name}
+        for path in sorted(REPORTS.glob("*.baselines.json"))
+    ]
+    whole = "\n".join([_results(evaluations, conversions), *map(_methods, comparisons)])
     texts = {
-        RESULTS: _results(evaluations, conversions),
+        RESULTS: whole,
         README: f"{before}{BEGIN}\n{table}{END}{after}",
     }
     stale = [p for p, text in texts.items() if not p.is_file() or p.read_text("utf-8") != text]
@@ -122,6 +128,55 @@ def _results(evaluations: list[dict[str, Any]], conversions: dict[str, dict[str,
         commands = "\n".join(r["command"] for r in reports)
         parts.append(f"```sh\n# in model_zoo/results\n{commands}\n```\n")
     return "\n".join(parts)
+
+
+_COMPARED = {
+    "method": lambda r: r["method"],
+    "checkpoint": lambda r: f"`{r['checkpoint'].removesuffix('.snn.safetensors')}`",
+    "top-1 %": lambda r: f"{r['top1_percent']:.2f}",
+    "interval": lambda r: _cell(r["interval95_percent"], lambda v: "{:.2f} to {:.2f}".format(*v)),
+    "recovered %": lambda r: _cell(r["recovered_percent"], "{:.0f}".format),
+    "latency, steps": lambda r: _cell(
+        r["latency_steps"], lambda v: f"{v} ({r['latency_steps_clocked']})"
+    ),
+    "spikes per neuron": lambda r: _cell(r["spikes_per_neuron"], "{:.2f}".format),
+    "negative %": lambda r: _cell(r["negative_percent"], "{:.1f}".format),
+    "counts %": lambda r: _cell(r["counts_percent"], "{:.4g}".format),
+}
+
+
+def _cell(value: Any, form: Callable[[Any], str]) -> str:
+    return "–" if value is None else form(value)
+
+
+def _methods(report: dict[str, Any]) -> str:
+    """Return a comparison of methods, and how its fine-tuned checkpoints came about."""
+    ann = "" if report["ann"] is None else f", the ANN has {_percent(report['ann'])} %"
+    some = f"{report['images']:,} {report['split']} images of {report['data']}{ann}"
+    parts = [f"## Methods on {report['model']}, {report['report'].split('.baselines')[0]}\n"]
+    parts.append(f"{some}.\n\n{_table(_COMPARED, report['rows'])}")
+    commands = []
+    for row in report["rows"]:
+        path = REPORTS / row["checkpoint"].replace(".snn.safetensors", ".finetune.json")
+        if row["method"] == "fine-tuned, at T":
+            tuned = json.loads(path.read_text(encoding="utf-8"))
+            parts.append(_tuning(tuned))
+            commands.append(tuned["command"])
+    lines = "\n".join([*commands, report["command"]])
+    parts.append(f"```sh\n# in model_zoo/results\n{lines}\n```\n")
+    return "\n".join(parts)
+
+
+def _tuning(report: dict[str, Any]) -> str:
+    settings, held_out = report["settings"], report["held_out"]
+    kept = sum(layer["accepted"] for layer in report["layers"])
+    return (
+        f"`{report['checkpoint']}`: {settings['epochs_per_layer']} epochs a layer on "
+        f"{report['images']:,} training images, seed {report['seed']}; {kept} of "
+        f"{len(report['layers'])} layers kept their change; on {report['held_out_images']:,} other "
+        f"training images the divergence from the quantised ANN before went from "
+        f"{held_out['before']['kl']:.3f} to {held_out['after']['kl']:.3f}; {_time(report)}.\n"
+    )
 
 
 def _conversion(report: dict[str, Any]) -> str:

@@ -193,9 +193,10 @@ def charge_bounds(synapse: Synapse, low: int, high: int) -> Tensor:
     For counts from `low <= 0` to `high >= 0`, before the shift, summed in any order; pooling sums
     are included.
     """
-    weight = synapse.weight.long()
+    weight = synapse.weight.double()  # faster than int64, and as exact
     weight = weight[:, None] if synapse.kind == "scale" else weight.flatten(1)
-    positive, negative = weight.clamp(min=0).sum(1), (-weight).clamp(min=0).sum(1)
+    net, size = weight.sum(1).long(), weight.abs().sum(1).long()
+    positive, negative = (size + net) // 2, (size - net) // 2
     largest = torch.maximum(positive * high - negative * low, negative * high - positive * low)
     return largest * math.prod(pool.largest_sum for pool in synapse.pools)
 

@@ -57,7 +57,7 @@ class Engine:
         # The membrane's type is int32 where one kernel scans a block of steps.
         self.scans = scan.unavailable(self.device) is None
         self._charges: dict[str, Charge] = {}
-        self._rows: dict[str, Tensor] = {}
+        self._rows: dict[str, tuple[Population, Tensor]] = {}
         # Maps nobody reads, for those behind them read what is before.
         self.hidden: frozenset[str] = frozenset()
         self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
@@ -65,20 +65,24 @@ class Engine:
         self.last_use = last_uses(list(network.nodes))
 
     def charge(self, node: Population | Readout) -> Charge:
-        """Return the linear part of a node, its weights converted when it is first asked for."""
-        if node.name not in self._charges:
-            self._charges[node.name] = Charge(
-                node, self.limits, self.timesteps, self.device, int32=self.scans
-            )
-        return self._charges[node.name]
+        """Return the linear part of a node, its weights converted when it is first asked for.
+
+        A node of the same name with other weights takes its place.
+        """
+        found = self._charges.get(node.name)
+        if found is None or found.node is not node:
+            found = Charge(node, self.limits, self.timesteps, self.device, int32=self.scans)
+            self._charges[node.name] = found
+        return found
 
     def rows(self, node: Population) -> Tensor:
         """Return bias, threshold and initial membrane, int32 `[3, C]`, as the kernel reads them."""
-        if node.name not in self._rows:
+        known, rows = self._rows.get(node.name, (None, torch.empty(0)))
+        if known is not node:
             start = initial_membrane(node.threshold, self.network.initial_membrane)
-            rows = torch.stack([node.bias, node.threshold, start])
-            self._rows[node.name] = rows.to(self.device, torch.int32)
-        return self._rows[node.name]
+            rows = torch.stack([node.bias, node.threshold, start]).to(self.device, torch.int32)
+            self._rows[node.name] = node, rows
+        return rows
 
     def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
@@ -123,23 +127,28 @@ class Engine:
         ends: dict[str, Any] = {}
         charges: dict[str, Tensor] = {}
         for position, node in enumerate(self.network.nodes):
-            if isinstance(node, Image):
-                values[node.name] = self.end_image(node, pixels)
-            elif isinstance(node, Readout):
+            if isinstance(node, Readout):
                 charge = self.end_charge(node, values)
                 charges[node.name] = charge[0].long().reshape(len(pixels), *node.shape)
-            elif isinstance(node, Population):
-                values[node.name] = ends[node.name] = self.settle(node, values)
-            elif maps or node.name not in self.hidden:
-                inputs = [values[name] for name in node.inputs]
-                values[node.name] = self.map(node, inputs)
-                if maps:
+            elif isinstance(node, Image) or node.name not in self.hidden:
+                values[node.name] = self.end_value(node, values, pixels)
+                if isinstance(node, Population) or (maps and isinstance(node, Relay)):
                     ends[node.name] = values[node.name]
             for name in self.last_use.get(position, ()):
                 values.pop(name, None)
         return Endpoint(
             self.timesteps, {n: self.end_counts(n, v) for n, v in ends.items()}, charges
         )
+
+    def end_value(
+        self, node: Image | Relay | Population, values: dict[str, Any], pixels: Tensor
+    ) -> Any:
+        """Return a node's counts in the end, `[1, N, ...]`, from those of the nodes it reads."""
+        if isinstance(node, Image):
+            return self.end_image(node, pixels)
+        if isinstance(node, Relay):
+            return self.map(node, [values[name] for name in node.inputs])
+        return self.settle(node, values)
 
     def end_image(self, node: Image, pixels: Tensor) -> Any:
         """Return what has come from an image in the end."""
@@ -259,7 +268,7 @@ class Simulation:
         self.images, self.device = len(pixels), pixels.device
         self.pixels = pixels
         self.running = torch.arange(self.images, device=self.device)
-        self.state = {p.name: self.initial(p) for p in self.network.populations}
+        self.state: dict[str, Tensor] = {}
         self.spikes = {p.name: self._zeros(2, dtype=torch.int64) for p in self.network.populations}
         self.last_spike = self._zeros(dtype=torch.int64)
         self.charges: dict[str, list[Tensor]] = {r.name: [] for r in self.network.readouts}
@@ -343,15 +352,10 @@ class Simulation:
         size = len(steps), len(self.running)
         fired = torch.zeros(size, dtype=torch.int64, device=self.device)
         for position, node in enumerate(self.network.nodes):
-            if isinstance(node, Image):
-                values[node.name] = self.image(node)
-            elif isinstance(node, Relay):
-                if node.name not in self.engine.hidden:
-                    values[node.name] = self.engine.map(node, self._held(node, values, steps))
-            elif isinstance(node, Readout):
+            if isinstance(node, Readout):
                 self._read(node, self.charge(node, values, steps), len(steps))
-            else:
-                values[node.name] = self.scan(node, values, steps, fired)
+            elif isinstance(node, Image) or node.name not in self.engine.hidden:
+                values[node.name] = self.value(node, values, steps, fired)
             for name in self.engine.last_use.get(position, ()):
                 values.pop(name, None)
         self.end(fired)
@@ -359,6 +363,23 @@ class Simulation:
         last = happened.amax(0)
         self.last_spike[self.running] = torch.maximum(self.last_spike[self.running], last)
         return fired
+
+    def value(
+        self,
+        node: Image | Relay | Population,
+        values: dict[str, Any],
+        steps: range,
+        fired: Tensor,
+    ) -> Any:
+        """Return a node's counts after each of the steps, from those of the nodes it reads.
+
+        `fired`, `[steps, N]`, is increased by how many of its neurons fire.
+        """
+        if isinstance(node, Image):
+            return self.image(node)
+        if isinstance(node, Relay):
+            return self.engine.map(node, self._held(node, values, steps))
+        return self.scan(node, values, steps, fired)
 
     def _injections(self, steps: range, depth: int) -> Tensor:
         """Return B(t) for the block, `[steps]`, or `[1]` if it does not change."""
@@ -411,6 +432,8 @@ class Simulation:
 
     def scan(self, node: Population, values: dict[str, Any], steps: range, fired: Tensor) -> Any:
         """Fire through the block; return the counts, `[steps, N, ...]`, one step if none fires."""
+        if node.name not in self.state:
+            self.state[node.name] = self.initial(node)
         state = self.state[node.name]
         active = [self.schedule.fires(t, node.depth) for t in steps]
         if not any(active):

@@ -217,6 +217,7 @@ class Charge:
         int32: bool = False,
     ) -> None:
         """Convert the weights once."""
+        self.node = node
         bound = membrane_bound(node, limits, timesteps)
         self.dtype = torch.int32 if int32 and bound < INT32 else exact_dtype(bound)
         self.bias = node.bias.to(device, self.dtype)

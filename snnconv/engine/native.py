@@ -731,6 +731,7 @@ class _Simulation(counts.Simulation):
         self.plan = engine.plan
         self.currents: dict[str, Tensor] = {}
         super().__init__(engine, pixels, schedule)
+        self.state = {p.name: self.initial(p) for p in self.network.populations}
         self.totals = torch.zeros(len(self.state), self.images, 2, dtype=torch.int64)
         self.spikes = dict(zip(self.state, self.totals, strict=True))
         self.plan.start(Kind.FIRE, 1, self.images)

@@ -1,0 +1,176 @@
+"""Write the tables of docs/performance.md from stored benchmarks; --check: are they stale?"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).with_name("performance.md")
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+ENGINES = ("engines-32px.json", "engines-224px.json", "engines-mobilenet.json")
+STEPS, BATCH = 8, 16
+BLOCK = re.compile(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+def main(args: list[str]) -> int:
+    """Write the file, or with --check compare it; return the exit code."""
+    text = TARGET.read_text(encoding="utf-8")
+    rows = [row for name in ENGINES for row in _load(name)["rows"]]
+
+    def filled(block: re.Match[str]) -> str:
+        name = block[1]
+        return f"<!-- {name} -->\n{TABLES[name](rows)}<!-- /{name} -->"
+
+    found = BLOCK.sub(filled, text)
+    if found == text:
+        return 0
+    if "--check" in args:
+        print(f"error: {TARGET} is stale; run make docs", file=sys.stderr)
+        return 1
+    TARGET.write_text(found, encoding="utf-8")
+    return 0
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _one(rows: list[Row], network: str, engine: str, batch: int, steps: int) -> Row | None:
+    wanted = (network, engine, batch, steps)
+    for row in rows:
+        if (row["network"], row["engine"], row["batch"], row["timesteps"]) == wanted:
+            return row
+    return None
+
+
+def _number(row: Row | None, key: str, form: str = ".2f") -> str:
+    return "–" if row is None or row.get(key) is None else format(row[key], form)
+
+
+def _networks(rows: list[Row]) -> list[str]:
+    return list(dict.fromkeys(row["network"] for row in rows))
+
+
+def _engines(rows: list[Row]) -> str:
+    engines = list(dict.fromkeys(row["engine"] for row in rows if row["engine"] != "ann"))
+    return _table(
+        ["network", *engines],
+        [
+            [
+                network,
+                *(
+                    _number(_one(rows, network, e, BATCH, STEPS), "ratio_to_ann_cpu")
+                    for e in engines
+                ),
+            ]
+            for network in _networks(rows)
+        ],
+    )
+
+
+def _peer(rows: list[Row]) -> str:
+    body = []
+    for network in _networks(rows):
+        row = _one(rows, network, "native", BATCH, STEPS)
+        share = row and row["ratio_to_spikingjelly_cpu"]
+        body.append(
+            [
+                network,
+                f"{1 / share:.1f}" if share else "–",
+                _number(row, "extra_memory_mib", ".0f"),
+                _number(_one(rows, network, "native", BATCH, 32), "extra_memory_mib", ".0f"),
+                _number(
+                    _one(rows, network, "spikingjelly multi", BATCH, STEPS),
+                    "extra_memory_mib",
+                    ".0f",
+                ),
+            ]
+        )
+    head = ["network", "times as fast", "MiB, T 8", "MiB, T 32", "SpikingJelly's MiB, T 8"]
+    return _table(head, body)
+
+
+def _steps(rows: list[Row]) -> str:
+    steps = sorted({row["timesteps"] for row in rows})
+    batches = sorted({row["batch"] for row in rows})
+    return _table(
+        ["network", "N", *(f"T {t}" for t in steps)],
+        [
+            [
+                network,
+                str(batch),
+                *(
+                    _number(_one(rows, network, "native", batch, t), "ratio_to_ann_cpu")
+                    for t in steps
+                ),
+            ]
+            for network in _networks(rows)
+            for batch in batches
+            if _one(rows, network, "native", batch, STEPS)
+        ],
+    )
+
+
+def _events(rows: list[Row]) -> str:
+    found = _load("events.json")["rows"]
+    shares = sorted({row["changes_percent"] for row in found})
+    return _table(
+        ["input channels", *(f"{share} %" for share in shares)],
+        [
+            [
+                str(channels),
+                *(f"{r['speedup']:.2f}" for r in found if r["channels"] == channels),
+            ]
+            for channels in sorted({row["channels"] for row in found})
+        ],
+    )
+
+
+def _evaluation(rows: list[Row]) -> str:
+    found = _load("evaluation.json")
+    return (
+        f"On {found['images']:,} images with {found['network']} at T = {found['timesteps']}, "
+        f"`snnconv eval` takes {found['ratio_to_engine']:.2f} times as long as its "
+        f"{found['engine']} engine alone.\n"
+    )
+
+
+def _commands(rows: list[Row]) -> str:
+    lines = [_load(name)["command"] for name in (*ENGINES, "evaluation.json")]
+    files = " ".join(f"--stored benchmarks/results/{name}" for name in ENGINES)
+    lines.append(f"python benchmarks/engines.py {files} --plot docs/engines.png")
+    return "```sh\n" + "\n".join(lines) + "\n```\n"
+
+
+def _machine(rows: list[Row]) -> str:
+    found = _load(ENGINES[0])
+    return (
+        f"Measured on {found['threads']} threads of an {found['processor']} with "
+        f"{found['instructions']}, torch {found['torch']}.\n"
+    )
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "machine": _machine,
+    "engines": _engines,
+    "peer": _peer,
+    "steps": _steps,
+    "events": _events,
+    "evaluation": _evaluation,
+    "commands": _commands,
+}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
