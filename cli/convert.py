@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from snnconv.errors import UsageError
+from snnconv.progress import silent
 
 from . import console, options
 from .retraining import TrainFiles, TrainOptions, retrainer, train_options
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from snnconv.pipeline import Conversion
 
 SAMPLE_IMAGES = 16
+COMPENSATION_IMAGES = 200
 DEFAULT_TIMESTEPS = 7
 DEFAULT_WEIGHT_BITS = 8
 
@@ -85,9 +87,16 @@ def parse_drain(text: str) -> int | None:
 @click.option(
     "--initial-membrane",
     type=click.Choice(["half", "zero"]),
-    default="half",
+    help="V0: half a threshold rounds half up, zero rounds down.  [default: half; zero with "
+    "--compensation gain]",
+)
+@click.option(
+    "--compensation",
+    type=click.Choice(["none", "gain", "bias"]),
+    default="none",
     show_default=True,
-    help="V0: half a threshold rounds half up, zero rounds down.",
+    help="Without retraining, make up for what neurons lose in T steps: one gain for all weights, "
+    "or a bias per channel.",
 )
 @click.option(
     "--schedule",
@@ -120,7 +129,8 @@ def command(
     timesteps: int | None,
     weight_bits: int | None,
     neuron: str,
-    initial_membrane: str,
+    initial_membrane: str | None,
+    compensation: str,
     schedule: str,
     drain: str,
     training: TrainOptions,
@@ -150,6 +160,13 @@ def command(
         calibration = "mse" if data else "bn"
     if calibration != "bn":
         options.require_data(data)
+    if initial_membrane is None:
+        initial_membrane = "zero" if compensation == "gain" else "half"
+    elif compensation == "gain" and initial_membrane == "half":
+        raise UsageError(
+            "--compensation gain belongs with --initial-membrane zero: with half a threshold the "
+            "neurons would fire too much"
+        )
     from snnconv import report
     from snnconv.schedule import Schedule
 
@@ -184,6 +201,9 @@ def command(
         settings = None
     if settings is not None:
         files.require_free(training.resume, force)
+    held_out: Any = ()
+    if compensation != "none":
+        held_out = _held_out(train, settings, compensation, indices, seed)
     described: dict[str, Any] = {
         "name": loaded.name,
         "args": loaded.model_args,
@@ -235,6 +255,8 @@ def command(
             calibration=calibration,
             weight_bits=weight_bits,
             retrain=retrain,
+            compensation=compensation,
+            held_out=() if train is None else _batches(train, loaded, held_out, silent),
             progress=progress,
             neuron=neuron,
             initial_membrane=initial_membrane,
@@ -276,6 +298,7 @@ def command(
         "weight_bits": weight_bits,
         "data": None if train is None else train.name,
         "calibration": how_calibrated,
+        "compensation": spiking.provenance["compensation"],
         "retraining": files.described(spiking.provenance["retraining"]),
         "qann": accuracies.get("qann"),
         "qann_float": accuracies.get("qann_float"),
@@ -326,6 +349,24 @@ def _open_splits(
     if test.note:
         console.note(test.note, quiet)
     return train, test
+
+
+def _held_out(
+    train: ImageData | None, settings: Any, compensation: str, calibrated: Any, seed: int
+) -> Any:
+    """Return the indices of the training images that compensate, none of which calibrated."""
+    import numpy as np
+
+    from snnconv.data import choose_indices
+
+    if settings is not None:
+        raise UsageError(
+            f"--compensation {compensation} makes up for the lack of training: give --epochs 0"
+        )
+    if train is None:
+        raise UsageError(f"--compensation {compensation} needs images: give --data")
+    count = min(COMPENSATION_IMAGES, len(train) // 2)
+    return np.setdiff1d(choose_indices(len(train), count, seed, others=True), calibrated)
 
 
 def _measure_ann(
@@ -410,6 +451,16 @@ def _class_names(loaded: LoadedModel, data: ImageData | None) -> list[str] | Non
     return None if names is None else list(names)
 
 
+def _compensation(described: dict[str, Any]) -> str:
+    images = f"on {described['images']} training images that calibrated nothing"
+    if described["kind"] == "bias":
+        return f"a bias per channel, {images}"
+    return (
+        f"gain {described['gain']:.2f}, {images}: KL {described['kl']:.3f} from the ANN, "
+        f"{described['kl_without']:.3f} without"
+    )
+
+
 def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
     model, checked, trained = contents["model"], contents["verification"], contents["retraining"]
     calibration = contents["calibration"]
@@ -456,10 +507,14 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
                 f"{contents['qann_float']['top1_percent']:.2f} %",
             )
         )
+    before = ""
+    if contents["compensation"]["kind"] != "none":
+        before = " before compensation"
+        rows.append(("compensation", _compensation(contents["compensation"])))
     rows += [
         (
             "verified",
-            f"equal to its quantised ANN: {checked['sites']} layers and maps, "
+            f"equal to its quantised ANN{before}: {checked['sites']} layers and maps, "
             f"{checked['integers']:,} integers, on {checked['images']} {checked['sample']}",
         ),
         (

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from snnconv.errors import UsageError
 
 from . import console, options
+from .baselines import compare
 from .convert import parse_drain
 
 SHOWN_STEPS = 12
@@ -18,9 +20,10 @@ SHOWN_STEPS = 12
 @options.command(
     "eval",
     example="snnconv eval --timesteps 8\n"
-    "snnconv eval resnet20.snn.safetensors --data DIR --schedule wait --json",
+    "snnconv eval resnet20.snn.safetensors --data DIR --schedule wait --json\n"
+    "snnconv eval resnet20.snn.safetensors resnet20.tuned.snn.safetensors --baselines",
 )
-@options.checkpoint_argument
+@options.checkpoints_argument
 @options.data_option
 @click.option(
     "--split",
@@ -65,13 +68,22 @@ SHOWN_STEPS = 12
     "as well.",
 )
 @click.option(
+    "--baselines",
+    is_flag=True,
+    help="Compare all methods on the same images: unsigned and signed neurons at T, fine-tuned "
+    "checkpoints, the exact schedules.",
+)
+@click.option(
     "--engine",
     type=click.Choice(["auto", "native", "counts", "reference", "endpoint"]),
     default="auto",
     show_default=True,
     help="How to simulate; the results are the same. endpoint computes the final accuracy alone.",
 )
-@options.output_option("Report (JSON).  [default: NAME.SETTINGS.eval.json beside the checkpoint]")
+@options.output_option(
+    "Report (JSON).  [default: NAME.SETTINGS.eval.json or NAME.SETTINGS.baselines.json beside the "
+    "checkpoint]"
+)
 @options.force_option
 @options.limit_option
 @options.seed_option
@@ -79,7 +91,7 @@ SHOWN_STEPS = 12
 @options.json_option
 @options.verbosity_options
 def command(
-    checkpoint: str | None,
+    checkpoints: tuple[str, ...],
     data: str | None,
     split: str,
     timesteps: int | None,
@@ -89,6 +101,7 @@ def command(
     neuron: str | None,
     initial_membrane: str | None,
     ann: str | None,
+    baselines: bool,
     engine: str,
     output: Path | None,
     force: bool,
@@ -102,8 +115,29 @@ def command(
     """Simulate a spiking checkpoint, by default the newest here, and report what it does.
 
     Shows the accuracy at every step, the agreement with the quantised ANN, spikes and latency, and
-    writes them to a report. An earlier report of the same settings is replaced.
+    writes them to a report. An earlier report of the same settings is replaced. With --baselines
+    one checkpoint or several are run in every way there is, for one table.
     """
+    if baselines:
+        _refuse_with_baselines()
+        compare(
+            checkpoints,
+            data,
+            split=split,
+            timesteps=timesteps,
+            ann=ann,
+            output=output,
+            force=force,
+            limit=limit,
+            seed=seed,
+            device=device,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        return
+    if len(checkpoints) > 1:
+        raise UsageError("several checkpoints are compared with --baselines; else name one")
+    checkpoint = checkpoints[0] if checkpoints else None
     changes: dict[str, Any] = {}
     if schedule is not None:
         changes["name"] = schedule
@@ -156,9 +190,9 @@ def command(
         )
         evaluation["checkpoint"] = path.name
         if ann is not None:
-            evaluation |= _measure_ann(ann, network, images, indices, timetable, place, progress)
+            evaluation |= measure_ann(ann, network, images, indices, timetable, place, progress)
         else:
-            evaluation["ann"] = _stored_ann(network, images)
+            evaluation["ann"] = stored_ann(network, images)
     if distributed.is_leader():
         report.write(report_path, evaluation, console.arguments())
     if as_json:
@@ -167,6 +201,20 @@ def command(
     _print(evaluation)
     console.note(f"report: {report_path}", quiet)
     options.note_unreadable(images.unreadable, quiet)
+
+
+def _refuse_with_baselines() -> None:
+    """Raise UsageError for options that say how to run a network: --baselines takes all ways."""
+    context = click.get_current_context()
+    useless = [
+        f"--{name.replace('_', '-')}"
+        for name in ("schedule", "drain", "stagger", "neuron", "initial_membrane", "engine")
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    if useless:
+        raise UsageError(
+            f"--baselines runs every way there is; {', '.join(useless)} would do nothing"
+        )
 
 
 def _settings(network: Any, timetable: Any, split: str, limit: int | None) -> list[str]:
@@ -182,7 +230,7 @@ def _settings(network: Any, timetable: Any, split: str, limit: int | None) -> li
     return parts + ([f"limit{limit}"] if limit else [])
 
 
-def _stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
+def stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
     """Return the ANN's accuracy as stored at conversion, if it is of these data."""
     from snnconv.data import choose_indices
 
@@ -195,7 +243,7 @@ def _stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
     return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
 
 
-def _measure_ann(
+def measure_ann(
     source: str,
     network: Any,
     images: Any,

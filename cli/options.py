@@ -135,6 +135,16 @@ def checkpoint_argument(function: F) -> F:
     )(function)
 
 
+def checkpoints_argument(function: F) -> F:
+    """Add any number of spiking checkpoints as `checkpoints: tuple[str, ...]`."""
+    return click.argument(
+        "checkpoints",
+        nargs=-1,
+        metavar="[CHECKPOINT|zoo:NAME]...",
+        shell_complete=_complete_checkpoint,
+    )(function)
+
+
 def output_option(help: str) -> Callable[[F], F]:
     """Add -o/--output as `output: Path | None`, with its help."""
 

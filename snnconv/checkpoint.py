@@ -71,6 +71,18 @@ def save_network(network: SpikingNetwork, path: Path, *, replace: bool = True) -
     """
     from safetensors.torch import save as to_bytes
 
+    header, tensors = _contents(network)
+    text = _canonical({**header, _HASH: _content_hash(header, tensors)})
+    contents = to_bytes({k: v.contiguous() for k, v in tensors.items()}, {_KEY: text})
+    write_atomically(path, contents, replace=replace)
+
+
+def sha256(network: SpikingNetwork) -> str:
+    """Return the hash of a network's contents, which its file states."""
+    return _content_hash(*_contents(network))
+
+
+def _contents(network: SpikingNetwork) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     header = {
         "format": FORMAT,
@@ -78,9 +90,7 @@ def save_network(network: SpikingNetwork, path: Path, *, replace: bool = True) -
         "preprocessing": network.preprocessing.to_dict(),
         **{key: getattr(network, key) for key in SETTINGS},
     }
-    text = _canonical({**header, _HASH: _content_hash(header, tensors)})
-    contents = to_bytes({k: v.contiguous() for k, v in tensors.items()}, {_KEY: text})
-    write_atomically(path, contents, replace=replace)
+    return header, tensors
 
 
 def _canonical(header: dict[str, Any]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from snnconv import __version__, distributed
+from snnconv.checkpoint import sha256
 from snnconv.data import ImageData, check_labels, default_batch
 from snnconv.engine import DEFAULT, ENDPOINT, Endpoint, Trace, prepare
 from snnconv.errors import UsageError
@@ -32,6 +33,33 @@ COURSE = (
     "by_step",
     "spikes",
     "layers",
+)
+
+
+# The baselines every comparison shows: what they are called, the neurons, the schedule.
+METHODS = (
+    ("unsigned at T", "unsigned", "paper"),
+    ("signed at T", "signed", "paper"),
+    ("signed, drain", "signed", "drain"),
+    ("signed, stagger", "signed", "stagger"),
+    ("unsigned, wait", "unsigned", "wait"),
+)
+TUNED = "fine-tuned, at T"
+# What a row of a comparison has.
+COMPARED = (
+    "method",
+    "checkpoint",
+    "timesteps",
+    "schedule",
+    "neuron",
+    "top1_percent",
+    "interval95_percent",
+    "recovered_percent",
+    "latency_steps",
+    "latency_steps_clocked",
+    "spikes_per_neuron",
+    "negative_percent",
+    "counts_percent",
 )
 
 
@@ -243,6 +271,72 @@ def evaluate(
         "device": device,
         "threads": torch.get_num_threads(),
         "seed": seed,
+    }
+
+
+def compare(
+    networks: Mapping[str, SpikingNetwork],
+    data: ImageData,
+    indices: np.ndarray,
+    *,
+    timesteps: int | None = None,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """Measure networks by name in every way there is, on the same images; a row for each.
+
+    A network as converted is run by `METHODS`, a fine-tuned one for the T steps it was tuned for.
+    Where its parent is there too, its row says how much of what the parent loses at T, against its
+    quantised ANN, has been recovered.
+    """
+    rows: list[dict[str, Any]] = []
+    parents: dict[str, tuple[float, float]] = {}
+    order = sorted(networks, key=lambda name: "finetuning" in networks[name].provenance)
+    for name in order:
+        network = networks[name]
+        tuning = network.provenance.get("finetuning")
+        methods = METHODS if tuning is None else ((TUNED, network.neuron, network.schedule),)
+        for number, (method, neuron, schedule) in enumerate(methods):
+            way = replace(network, neuron=neuron)
+            found = evaluate(
+                way,
+                data,
+                indices,
+                way.timetable(timesteps, name=schedule, drain=None),
+                device=device,
+                seed=seed,
+                progress=lambda stage, done, total, detail="", what=f"{name}: {method}": progress(
+                    what, done, total, detail
+                ),
+            )
+            if number == 0:
+                settled = {"method": "quantised ANN", "checkpoint": name, **found["qann"]}
+                rows.append({**dict.fromkeys(COMPARED), **settled})
+            row = {**_compared(found), "method": method, "checkpoint": name}
+            if method == "signed at T":
+                parents[sha256(network)] = (
+                    found["snn"]["top1_percent"],
+                    found["qann"]["top1_percent"],
+                )
+            if tuning is not None and tuning.get("parent_sha256") in parents:
+                at_t, quantised = parents[tuning["parent_sha256"]]
+                if quantised > at_t:
+                    gained = found["snn"]["top1_percent"] - at_t
+                    row["recovered_percent"] = 100 * gained / (quantised - at_t)
+            rows.append(row)
+    return rows
+
+
+def _compared(found: dict[str, Any]) -> dict[str, Any]:
+    """Return of an evaluation what `compare` tells."""
+    return {
+        **dict.fromkeys(COMPARED),
+        **{key: found[key] for key in COMPARED if key in found},
+        **found["snn"],
+        "spikes_per_neuron": found["spikes"]["per_neuron"],
+        "negative_percent": found["spikes"]["negative_percent"],
+        "counts_percent": found["agreement"]["counts_percent"],
     }
 
 

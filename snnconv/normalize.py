@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -173,10 +173,19 @@ def spike_values(
     A tensor's T-fold value is `worth * S + T * constant`. For neurons the worth is the threshold
     and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
     """
+    return count_values(qann.nodes, preprocessing, dtype)
+
+
+def count_values(
+    nodes: Iterable[Any], preprocessing: Preprocessing, dtype: torch.dtype = torch.float64
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the same for the nodes of a QANN or of a spiking network."""
     values: dict[str, tuple[Tensor, Tensor]] = {}
-    device = next(qann.parameters()).device
-    for node in qann.nodes:
-        if isinstance(node, Source):
+    nodes = list(nodes)
+    found = (node.clip.device for node in nodes if hasattr(node, "clip"))
+    device = next(found, torch.device("cpu"))
+    for node in nodes:
+        if isinstance(node, Source | Image):
             std, mean, zero = (
                 constant(tuple(v), dtype, device)
                 for v in (preprocessing.std, preprocessing.mean, preprocessing.zero_point)
@@ -184,7 +193,7 @@ def spike_values(
             values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
         elif isinstance(node, Relay):
             values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
-        elif not node.readout:
+        elif not getattr(node, "readout", False):
             clip = node.clip.to(dtype)
             values[node.name] = clip, torch.zeros_like(clip)
     return values
@@ -219,7 +228,7 @@ def _image_carriers(qann: Qann) -> set[str]:
     return names
 
 
-def times_inputs(branch: Branch, weight: Tensor, vector: Tensor) -> Tensor:
+def times_inputs(branch: Branch | Synapse, weight: Tensor, vector: Tensor) -> Tensor:
     """Multiply weights `[O, C/groups, ...]` by a vector `[C]` over their input channels."""
     if branch.kind == "scale":
         return weight * vector

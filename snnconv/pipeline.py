@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
+from snnconv.compensation import compensate
 from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
@@ -27,12 +28,16 @@ Retrain = Callable[[Traced, ConversionPlan, Qann], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Conversion:
-    """Everything that came about on the way to the spiking network."""
+    """Everything that came about on the way to the spiking network.
+
+    `uncompensated` is the network as the QANN has it, where compensation has made another of it.
+    """
 
     traced: Traced
     plan: ConversionPlan
     qann: Qann
     network: SpikingNetwork
+    uncompensated: SpikingNetwork | None = None
 
 
 def convert(
@@ -45,6 +50,8 @@ def convert(
     calibration: str = "mse",
     weight_bits: int = 8,
     retrain: Retrain | None = None,
+    compensation: str = "none",
+    held_out: Iterable[Tensor] = (),
     progress: Progress = silent,
     **settings: Any,
 ) -> Conversion:
@@ -52,7 +59,9 @@ def convert(
 
     `images` are batches of uint8 pixels `[N, C, H, W]` to calibrate on; the calibration `bn`
     needs none. `retrain` may train the traced network and its QANN, in place, before they become
-    integers (`snnconv.train`); what it returns goes into the provenance, as does the plan.
+    integers (`snnconv.train`); what it returns goes into the provenance, as does the plan. Without
+    training, `compensation` makes up for what neurons lose in T steps (`snnconv.compensation`), on
+    `held_out` images that are not those calibrated on.
     `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...).
     Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
     """
@@ -69,7 +78,10 @@ def convert(
         provenance["retraining"] = retrain(traced, plan, qann)
     settings["provenance"] = provenance
     network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
-    return Conversion(traced, plan, qann, network)
+    compensated, provenance["compensation"] = compensate(
+        network, compensation, qann, held_out, progress
+    )
+    return Conversion(traced, plan, qann, compensated, None if compensated is network else network)
 
 
 def check_fold(traced: Traced, qann: Qann) -> None:
@@ -94,18 +106,23 @@ def check_equal(
 ) -> tuple[Verification, FloatAgreement]:
     """Verify a conversion on images uint8 `[N, C, H, W]`, and compare it with the float QANN.
 
-    The end point is held against the traced graph, and a simulation that must be exact (`drain`,
-    for unsigned neurons `wait`) against the end point. Raises NotEqualError with the name of the
-    first layer that differs.
+    The end point is held against the traced graph, without compensation, which no ANN has. A
+    simulation that must be exact (`drain`, for unsigned neurons `wait`) is held against the end
+    point. Raises NotEqualError with the name of the first layer that differs.
     """
     network = conversion.network
+    integers = conversion.uncompensated or network
     timesteps = timesteps or network.timesteps
-    engine = prepare(network, timesteps, device=pixels.device)
+    engine = prepare(integers, timesteps, device=pixels.device)
     end = engine.endpoint(pixels, maps=True)
     found = verify(
-        conversion.traced, conversion.plan, network, pixels, timesteps, end.counts, end.charges
+        conversion.traced, conversion.plan, integers, pixels, timesteps, end.counts, end.charges
     )
     found.require_equal()
+    agreement = compare_float(conversion.qann, integers, pixels, timesteps, end.counts, end.charges)
+    if network is not integers:
+        engine = prepare(network, timesteps, device=pixels.device)
+        end = engine.endpoint(pixels)
     name = "drain" if network.neuron == "signed" else "wait"
     course = engine.simulate(pixels, network.timetable(timesteps, name=name, drain=None))
     for population in network.populations:
@@ -113,7 +130,6 @@ def check_equal(
             raise NotEqualError(
                 f"the simulation does not settle at the quantised ANN; first: {population.path}"
             )
-    agreement = compare_float(conversion.qann, network, pixels, timesteps, end.counts, end.charges)
     return found, agreement
 
 

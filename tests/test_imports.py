@@ -26,7 +26,7 @@ LAYERS = [
     {"schedule", "neuron", "network"},
     {"normalize"},
     {"checkpoint", "engine"},
-    {"verify", "train", "finetune"},
+    {"verify", "train", "finetune", "compensation"},
     {"pipeline", "measure"},
     {"report", "export"},
     {"cli"},
@@ -110,8 +110,8 @@ def problems(module: str, source: str, package: str) -> list[str]:
             if target not in ASIDE[module]:
                 found.append(f"{where}; it may use {sorted(ASIDE[module])}")
         elif target in ASIDE:
-            if module not in {"cli", "measure", "train"}:
-                found.append(f"{where}; only cli, measure and train read data")
+            if module not in {"cli", "finetune", "measure", "train"}:
+                found.append(f"{where}; only cli, finetune, measure and train read data")
         elif target in APART.get(module, set()):
             found.append(f"{where}; it must share no code with what it checks")
         elif target not in LEVEL:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 import numpy as np
 import pytest
 import torch
 from networks import PREPROCESSING, converted, images
 
+from snnconv.checkpoint import sha256
 from snnconv.cli.eval import command as eval_command
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
 from snnconv.engine import ENDPOINT, ENGINES, endpoint, simulate
 from snnconv.errors import DataError, UsageError
-from snnconv.measure import COURSE, evaluate, top1_percents, wilson_interval
+from snnconv.measure import (
+    COMPARED,
+    COURSE,
+    METHODS,
+    TUNED,
+    compare,
+    evaluate,
+    top1_percents,
+    wilson_interval,
+)
 
 COUNT = 24
 
@@ -123,6 +135,41 @@ def test_what_does_not_fit_is_refused() -> None:
     two = converted("two_outputs").network
     with pytest.raises(UsageError, match="no classifier"):
         evaluate(two, data(), np.arange(4), two.timetable())
+
+
+def test_a_comparison_has_what_single_evaluations_have() -> None:
+    network = converted("residual", timesteps=2).network
+    tuned = replace(
+        network,
+        schedule="paper",
+        provenance={**network.provenance, "finetuning": {"parent_sha256": sha256(network)}},
+    )
+    ends = endpoint(network, images(COUNT, 4), 2)
+    labels = ends.charges["logits"].argmax(1).numpy()  # the quantised ANN is always right
+    rows = compare({"tuned": tuned, "plain": network}, data(labels), np.arange(COUNT))
+    assert [(row["checkpoint"], row["method"]) for row in rows] == [
+        ("plain", "quantised ANN"),
+        *(("plain", method) for method, _, _ in METHODS),
+        ("tuned", "quantised ANN"),
+        ("tuned", TUNED),
+    ]
+    assert all(set(row) == set(COMPARED) for row in rows)
+    by_method = {row["method"]: row for row in rows if row["checkpoint"] == "plain"}
+    assert by_method["quantised ANN"]["top1_percent"] == 100
+    assert by_method["quantised ANN"]["latency_steps"] is None
+    for method, neuron, schedule in METHODS:
+        way = replace(network, neuron=neuron)
+        timetable = way.timetable(name=schedule, drain=None)
+        found = evaluate(way, data(labels), np.arange(COUNT), timetable)
+        row = by_method[method]
+        assert row["top1_percent"] == found["snn"]["top1_percent"]
+        assert row["spikes_per_neuron"] == found["spikes"]["per_neuron"]
+        assert row["latency_steps"] == found["latency_steps"]
+        if schedule != "paper":
+            assert row["counts_percent"] == row["top1_percent"] == 100
+    # It is the parent in all but name.
+    assert rows[-1]["top1_percent"] == by_method["signed at T"]["top1_percent"] < 100
+    assert rows[-1]["recovered_percent"] == 0
 
 
 def test_interval_and_top1() -> None:
