@@ -99,6 +99,13 @@ def parse_drain(text: str) -> int | None:
     "or a bias per channel.",
 )
 @click.option(
+    "--shortcut-normalization/--no-shortcut-normalization",
+    default=True,
+    show_default=True,
+    help="Weigh a spike that takes a shortcut by its own threshold; without, by that of where it "
+    "ends, to see the difference.",
+)
+@click.option(
     "--schedule",
     type=click.Choice(["paper", "drain", "stagger", "wait"]),
     default="drain",
@@ -131,6 +138,7 @@ def command(
     neuron: str,
     initial_membrane: str | None,
     compensation: str,
+    shortcut_normalization: bool,
     schedule: str,
     drain: str,
     training: TrainOptions,
@@ -202,6 +210,10 @@ def command(
     if settings is not None:
         files.require_free(training.resume, force)
     held_out: Any = ()
+    if settings is not None and not shortcut_normalization:
+        raise UsageError(
+            "--no-shortcut-normalization is for networks without training: give --epochs 0"
+        )
     if compensation != "none":
         held_out = _held_out(train, settings, compensation, indices, seed)
     described: dict[str, Any] = {
@@ -255,6 +267,7 @@ def command(
             calibration=calibration,
             weight_bits=weight_bits,
             retrain=retrain,
+            shortcut_normalization=shortcut_normalization,
             compensation=compensation,
             held_out=() if train is None else _batches(train, loaded, held_out, silent),
             progress=progress,
@@ -298,6 +311,7 @@ def command(
         "weight_bits": weight_bits,
         "data": None if train is None else train.name,
         "calibration": how_calibrated,
+        "shortcut_normalization": shortcut_normalization,
         "compensation": spiking.provenance["compensation"],
         "retraining": files.described(spiking.provenance["retraining"]),
         "qann": accuracies.get("qann"),
@@ -508,8 +522,11 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
             )
         )
     before = ""
+    if not contents["shortcut_normalization"]:
+        before = " with normalised shortcuts"
+        rows.append(("shortcuts", "not normalised"))
     if contents["compensation"]["kind"] != "none":
-        before = " before compensation"
+        before += " before compensation"
         rows.append(("compensation", _compensation(contents["compensation"])))
     rows += [
         (

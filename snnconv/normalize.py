@@ -387,6 +387,43 @@ def _readout(layer: Layer, values: dict[str, tuple[Tensor, Tensor]], depth: int)
     )
 
 
+# How far above its mean 99.9 % of a normal variable lie below.
+PERCENTILE_999 = 3.09
+
+
+def without_shortcut_normalization(qann: Qann, preprocessing: Preprocessing) -> Qann:
+    """Return a copy in which a spike that takes a shortcut is worth a threshold of where it ends.
+
+    What Spiking ResNet (arXiv 1805.01352) compares shortcut normalisation with: an identity has the
+    weight 1 in normalised units, and a projection is normalised by the 99.9 percentile of its own
+    output, as BatchNorm's statistics have it. A shortcut is a branch whose source is less deep than
+    another's. Raises UsageError for a projection without BatchNorm.
+    """
+    copied = copy.deepcopy(qann)
+    values, depth = spike_values(copied, preprocessing), depths(copied.nodes)
+    for layer in copied.populations():
+        depth[layer.name] += 1  # that of what reads it
+    for layer in copied.populations():
+        deepest = max(depth[branch.source] for branch in layer.branches)
+        for branch, weight in zip(layer.branches, layer.weights, strict=True):
+            if depth[branch.source] == deepest:
+                continue
+            if branch.kind == "scale":
+                worth = values[branch.source][0]
+                factor = torch.where(worth > 0, layer.clip / worth, 0.0)
+            elif branch.statistics is not None:
+                mean, deviation = branch.statistics
+                factor = layer.clip / (mean + PERCENTILE_999 * deviation).max()
+            else:
+                raise UsageError(
+                    f"{layer.path}: a projection without BatchNorm, whose normalisation cannot be "
+                    "taken back"
+                )
+            with torch.no_grad():
+                weight *= factor.view(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
+    return copied
+
+
 def with_settings(network: SpikingNetwork, **settings: Any) -> SpikingNetwork:
     """Return the network with other settings, for example `neuron="unsigned"`."""
     return replace(network, **settings)

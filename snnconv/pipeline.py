@@ -16,7 +16,7 @@ from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import TRACE_TOLERANCE, Traced, difference, flatten_outputs, trace
 from snnconv.network import SpikingNetwork
-from snnconv.normalize import integerize
+from snnconv.normalize import integerize, without_shortcut_normalization
 from snnconv.plan import ConversionPlan, make_plan
 from snnconv.preprocess import Preprocessing
 from snnconv.progress import Progress, silent
@@ -30,7 +30,8 @@ Retrain = Callable[[Traced, ConversionPlan, Qann], dict[str, Any]]
 class Conversion:
     """Everything that came about on the way to the spiking network.
 
-    `uncompensated` is the network as the QANN has it, where compensation has made another of it.
+    `uncompensated` is the network as the QANN has it, where compensation, or shortcuts that are not
+    normalised, have made another of it.
     """
 
     traced: Traced
@@ -50,6 +51,7 @@ def convert(
     calibration: str = "mse",
     weight_bits: int = 8,
     retrain: Retrain | None = None,
+    shortcut_normalization: bool = True,
     compensation: str = "none",
     held_out: Iterable[Tensor] = (),
     progress: Progress = silent,
@@ -61,7 +63,8 @@ def convert(
     needs none. `retrain` may train the traced network and its QANN, in place, before they become
     integers (`snnconv.train`); what it returns goes into the provenance, as does the plan. Without
     training, `compensation` makes up for what neurons lose in T steps (`snnconv.compensation`), on
-    `held_out` images that are not those calibrated on.
+    `held_out` images that are not those calibrated on, and `shortcut_normalization` can be left
+    out, to see what it is good for.
     `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...).
     Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
     """
@@ -78,8 +81,13 @@ def convert(
         provenance["retraining"] = retrain(traced, plan, qann)
     settings["provenance"] = provenance
     network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
+    changed = network
+    if not shortcut_normalization:
+        ablated = without_shortcut_normalization(qann, preprocessing)
+        changed = integerize(ablated, preprocessing, timesteps, weight_bits=weight_bits, **settings)
+    provenance["shortcut_normalization"] = shortcut_normalization
     compensated, provenance["compensation"] = compensate(
-        network, compensation, qann, held_out, progress
+        changed, compensation, qann, held_out, progress
     )
     return Conversion(traced, plan, qann, compensated, None if compensated is network else network)
 

@@ -93,6 +93,31 @@ def test_a_compensated_network_is_checked_as_it_was_before() -> None:
         check_equal(conversion, images(4, 2))
 
 
+def test_shortcuts_that_are_not_normalised_weigh_a_threshold() -> None:
+    """An identity's spike brings a whole threshold, whatever its source's is; the rest stays."""
+    settings = {"calibration": "percentile", "timesteps": 5}
+    whole, without = (
+        convert(
+            build("residual"), PREPROCESSING, [images(8, 1)], shortcut_normalization=n, **settings
+        )
+        for n in (True, False)
+    )
+    assert whole.uncompensated is None and without.uncompensated is not None
+    assert check_equal(without, images(4, 2))[0].equal
+    identities = 0
+    for old, new in zip(whole.network.populations, without.network.populations, strict=True):
+        kinds = [s.kind for s in old.branches]
+        if "scale" not in kinds or len(kinds) == 1:
+            continue
+        identities += 1
+        (shortcut,) = (s for s in new.branches if s.kind == "scale")
+        worth = (shortcut.weight.long() << shortcut.shift.long()).double()
+        live = worth != 0
+        assert bool(((worth - new.threshold)[live].abs() <= 1).all())
+        assert torch.equal(old.clip, new.clip)
+    assert identities
+
+
 def test_what_makes_no_sense_is_refused() -> None:
     conversion = converted("residual", **UNSIGNED)
     with pytest.raises(UsageError, match="V0 = 0"):
@@ -125,6 +150,7 @@ def test_the_command_says_what_was_compensated(
     ("options", "says"),
     [
         (["--compensation", "bias"], "give --epochs 0"),
+        (["--no-shortcut-normalization"], "give --epochs 0"),
         (["--epochs", "0", "--compensation", "gain", "--initial-membrane", "half"], "zero"),
     ],
 )
