@@ -9,6 +9,7 @@ from typing import Any
 from snnconv.errors import UsageError
 
 from . import console, options
+from .ann import measure_ann, stored_ann
 
 
 def compare(
@@ -33,8 +34,6 @@ def compare(
     from snnconv import __version__, distributed, measure, report
     from snnconv.checkpoint import load_network
     from snnconv.data import choose_indices, open_held_out
-
-    from .eval import measure_ann, stored_ann
 
     networks = {path.name: load_network(path) for path, _ in found}
     if len(networks) < len(found):

@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from snnconv.errors import UsageError
 
 from . import console, options
+from .ann import measure_ann, stored_ann
 from .baselines import compare
 from .convert import parse_drain
 
@@ -228,63 +229,6 @@ def _settings(network: Any, timetable: Any, split: str, limit: int | None) -> li
     parts += ["zero"] if network.initial_membrane == "zero" else []
     parts += [split] if split != "test" else []
     return parts + ([f"limit{limit}"] if limit else [])
-
-
-def stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
-    """Return the ANN's accuracy as stored at conversion, if it is of these data."""
-    from snnconv.data import choose_indices
-
-    stored = network.model.get("ann")
-    if stored is None or stored["split"] != images.split:
-        return None
-    drawn = choose_indices(len(images), stored["drawn"]["images"], stored["drawn"]["seed"])
-    if images.sha256(drawn) != stored["data_sha256"]:
-        return None
-    return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
-
-
-def measure_ann(
-    source: str,
-    network: Any,
-    images: Any,
-    indices: Any,
-    timetable: Any,
-    device: str,
-    progress: console.Progress,
-) -> dict[str, Any]:
-    """Measure the ANN on the same images, and its float QANN unless it was retrained since."""
-    from snnconv.load import load_model
-    from snnconv.measure import top1_percents
-    from snnconv.pipeline import float_qann
-
-    if not network.model:
-        raise UsageError("--ann: the checkpoint does not say which network it was made from")
-    loaded = load_model(
-        source,
-        arch=network.model["name"],
-        model_args=network.model.get("args", {}),
-        channels=network.model.get("channels"),
-    )
-    if loaded.weights_sha256 != network.model["weights_sha256"]:
-        raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
-    model, normalize = loaded.model.to(device), network.preprocessing.normalize
-    (readout,) = network.readouts
-    forwards = {"ann": lambda pixels: model(normalize(pixels))}
-    if not network.provenance.get("retraining"):
-        qann = float_qann(loaded.model, network).to(device)
-
-        def quantised(pixels: Any) -> Any:
-            outputs = qann(normalize(pixels), timetable.timesteps, offset=network.rounding_offset)
-            return outputs[readout.name].flatten(1)
-
-        forwards["qann_float"] = quantised
-    measured = top1_percents(
-        forwards, images, network.preprocessing, indices, device=device, progress=progress
-    )
-    return {
-        name: {"top1_percent": found["top1_percent"], "source": "measured"}
-        for name, found in measured.items()
-    }
 
 
 def _print(e: dict[str, Any]) -> None:

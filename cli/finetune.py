@@ -112,7 +112,7 @@ def command(
     report_path = report.default_path(target, "finetune")
     report.require_writable(report_path, force, {"schema": "snnconv.finetuning/1"})
     state = target.with_name(target.name.removesuffix(SUFFIX) + ".finetune.part")
-    _require_free(state, resume, force)
+    options.require_free(state, "fine-tuning", resume, force)
 
     network = load_network(path)
     given: dict[str, Any] = {
@@ -175,17 +175,6 @@ def command(
     else:
         _print(contents, target, report_path)
     options.note_unreadable(train.unreadable, quiet)
-
-
-def _require_free(state: Path, resume: bool, force: bool) -> None:
-    """Raise UsageError if an interrupted tuning would be lost, or there is none to resume."""
-    if resume and not state.is_file():
-        raise UsageError(f"--resume: there is no {state}, no interrupted fine-tuning")
-    if state.exists() and not resume and not force:
-        raise UsageError(
-            f"{state} is an interrupted fine-tuning; give --resume to go on with it, or --force to "
-            "begin anew"
-        )
 
 
 def _described(

@@ -218,6 +218,17 @@ def require_data(data: str | None) -> str:
     return data
 
 
+def require_free(state: Path, what: str, resume: bool, force: bool) -> None:
+    """Raise UsageError if interrupted work would be lost, or there is none to resume."""
+    if resume and not state.is_file():
+        raise UsageError(f"--resume: there is no {state}, no interrupted {what}")
+    if state.exists() and not resume and not force:
+        raise UsageError(
+            f"{state} is an interrupted {what}; give --resume to go on with it, or --force to "
+            "begin anew"
+        )
+
+
 def note_unreadable(names: list[str], quiet: bool) -> None:
     """Say which images were left out because they cannot be read."""
     if names:

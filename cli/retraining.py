@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from snnconv.errors import UsageError
 
 from . import console
+from .options import require_free
 
 if TYPE_CHECKING:
     from snnconv.data import ImageData
@@ -147,13 +148,7 @@ class TrainFiles:
 
     def require_free(self, resume: bool, force: bool) -> None:
         """Raise UsageError if an interrupted training would be lost, or there is none to resume."""
-        if resume and not self.state.is_file():
-            raise UsageError(f"--resume: there is no {self.state}, no interrupted retraining")
-        if self.state.exists() and not resume and not force:
-            raise UsageError(
-                f"{self.state} is an interrupted retraining; give --resume to go on with it, or "
-                "--force to begin anew"
-            )
+        require_free(self.state, "retraining", resume, force)
 
 
 def retrainer(

@@ -14,13 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from snnconv.engine import counts, prepare
 from snnconv.engine.linear import exact_arithmetic
 from snnconv.errors import UsageError
-from snnconv.finetune import SCHEDULE, Course
+from snnconv.finetune import SCHEDULE, Course, divergence
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.progress import Progress, silent
 from snnconv.quant import Layer, Qann
@@ -108,8 +107,7 @@ def gain_divergences(
         total, images = 0.0, 0
         for pixels, logits in zip(batches, wanted, strict=True):
             found = runner.simulate(pixels, schedule).logits(way, readout.name)[-1].flatten(1)
-            logs = found.log_softmax(1), logits.double().flatten(1).log_softmax(1)
-            total += float(F.kl_div(*logs, log_target=True, reduction="sum"))
+            total += divergence(found, logits.double().flatten(1))
             images += len(pixels)
         divergences[gain] = total / images
         progress("compensate", number + 1, len(GAINS), f"gain {gain:.2f}")
@@ -152,11 +150,15 @@ def _mean_spikes(
     for course in courses:
         course.advance(nodes, position)
         spikes = course.fired(node)[-1]
-        total += (
-            spikes.double().flatten(2).mean(2).sum(0) if spikes.ndim > 2 else spikes.double().sum(0)
-        )
+        total += _channel_means(spikes)
         images += len(spikes)
     return total / images * node.clip / course.engine.timesteps
+
+
+def _channel_means(x: Tensor) -> Tensor:
+    """Return the mean of `[N, C, ...]` over positions, summed over images, float64 `[C]`."""
+    x = x.double()
+    return x.flatten(2).mean(2).sum(0) if x.ndim > 2 else x.sum(0)
 
 
 def _float_outputs(network: SpikingNetwork, qann: Qann, pixels: Tensor, **observe: Any) -> Any:
@@ -172,9 +174,7 @@ def _mean_activations(
     images = 0
 
     def observe(layer: Layer, activation: Tensor) -> None:
-        x = activation.double()
-        mean = x.flatten(2).mean(2).sum(0) if x.ndim > 2 else x.sum(0)
-        totals[layer.name] = totals.get(layer.name, 0) + mean
+        totals[layer.name] = totals.get(layer.name, 0) + _channel_means(activation)
 
     for pixels in batches:
         _float_outputs(network, qann, pixels, observe=observe)

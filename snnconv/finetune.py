@@ -258,6 +258,15 @@ class Master(nn.Module):
         return total
 
 
+def divergence(logits: Tensor, wanted: Tensor) -> float:
+    """Return the KL divergence of class probabilities from those of `wanted`, summed over images.
+
+    Both are logits, float64 `[N, classes]`.
+    """
+    logs = logits.log_softmax(1), wanted.log_softmax(1)
+    return float(F.kl_div(*logs, log_target=True, reduction="sum"))
+
+
 def _straight(parameter: Tensor, rounded: Tensor) -> Tensor:
     """Return the rounded values with the gradient of the parameter."""
     return parameter + (rounded - parameter).detach()
@@ -425,14 +434,13 @@ class LayerwiseTuning:
             ]
         runner = prepare(network, timesteps, device=device)
         schedule = network.timetable(name=SCHEDULE)
-        divergence, same, images = 0.0, 0, 0
+        total, same, images = 0.0, 0, 0
         for pixels, wanted in self.wanted:
             found = runner.simulate(pixels, schedule).logits(network, readout.name)[-1].flatten(1)
-            logs = found.log_softmax(1), wanted.log_softmax(1)
-            divergence += float(F.kl_div(*logs, log_target=True, reduction="sum"))
+            total += divergence(found, wanted)
             same += int((found.argmax(1) == wanted.argmax(1)).sum())
             images += len(found)
-        return {"kl": divergence / images, "argmax_percent": 100 * same / images}
+        return {"kl": total / images, "argmax_percent": 100 * same / images}
 
     def described(self) -> dict[str, Any]:
         """Return settings and results as plain JSON values, for the provenance."""
