@@ -58,6 +58,13 @@ def parse_drain(text: str) -> int | None:
     help="How clips are chosen; bn needs no data.  [default: mse with data, bn without]",
 )
 @click.option(
+    "--percentile",
+    type=click.FloatRange(0, 100, min_open=True),
+    metavar="P",
+    help="Share of a layer's activations below the clip of --calibration percentile.  "
+    "[default: 99.9]",
+)
+@click.option(
     "--calibration-images",
     type=click.IntRange(min=1),
     default=1000,
@@ -132,6 +139,7 @@ def command(
     network: NetworkOptions,
     data: str | None,
     calibration: str | None,
+    percentile: float | None,
     calibration_images: int,
     timesteps: int | None,
     weight_bits: int | None,
@@ -168,6 +176,8 @@ def command(
         calibration = "mse" if data else "bn"
     if calibration != "bn":
         options.require_data(data)
+    if percentile is not None and calibration != "percentile":
+        raise UsageError(f"--percentile belongs to --calibration percentile, not {calibration}")
     if initial_membrane is None:
         initial_membrane = "zero" if compensation == "gain" else "half"
     elif compensation == "gain" and initial_membrane == "half":
@@ -189,10 +199,12 @@ def command(
     settings = training.settings(recipe)
 
     from snnconv import __version__, checkpoint, distributed
+    from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.data import choose_indices
     from snnconv.normalize import with_settings
     from snnconv.pipeline import check_equal, convert
 
+    percentile = percentile or DEFAULT_PERCENTILE
     place = options.resolve_device(device)
     loaded = network.load(source)
     train = test = None
@@ -234,7 +246,9 @@ def command(
             "images": len(indices),
             "seed": seed,
         }
-    how_calibrated = {"method": calibration, "on": calibrated_on}
+    how_calibrated: dict[str, Any] = {"method": calibration, "on": calibrated_on}
+    if calibration == "percentile":
+        how_calibrated["percentile"] = percentile
     advice = "start it again with --resume"
     with distributed.group(place, advice), console.progress(quiet) as progress:
 
@@ -265,6 +279,7 @@ def command(
             batches(),
             timesteps=timesteps,
             calibration=calibration,
+            percentile=percentile,
             weight_bits=weight_bits,
             retrain=retrain,
             shortcut_normalization=shortcut_normalization,
@@ -485,6 +500,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
         else f"{images['images']} {images['split']} images of {contents['data']}, "
         f"seed {images['seed']}" + (f" ({images['note']})" if images["note"] else "")
     )
+    clips = [calibration[key] for key in ("method", "percentile") if key in calibration]
     share = contents["mac_share_percent"]
     rows = [
         ("network", f"{model['name']}, {contents['neurons']:,} neurons, depth {contents['depth']}"),
@@ -498,7 +514,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
             f"{contents['weight_bits']}-bit weights" + ("" if trained else ", no retraining"),
         ),
         ("input", describe_input(contents["preprocessing"], model["channels"])),
-        ("clips", f"{calibration['method']}, from {source}"),
+        ("clips", f"{' '.join(map(str, clips))}, from {source}"),
     ]
     if model["ann"] is not None:
         ann = model["ann"]

@@ -244,6 +244,9 @@ def _print(e: dict[str, Any]) -> None:
         ("quantised ANN top-1", f"{e['qann']['top1_percent']:.2f} %"),
         ("SNN top-1", f"{e['snn']['top1_percent']:.2f} % ({low:.2f} to {high:.2f} at 95 %)"),
     ]
+    if e["snn_by_count"] is not None:
+        by_count = e["snn_by_count"]["top1_percent"]
+        rows.append(("  by spike count", f"{by_count:.2f} %, as neurons in the readout would fire"))
     if e["by_step"] is not None:
         rows += _course(e)
     rows.append(

@@ -173,6 +173,7 @@ def retrainer(
     `images` gives the pixels to calibrate on, `calibration` says how, as plain JSON values.
     """
     from snnconv import __version__
+    from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.data import choose_indices
     from snnconv.train import retrain
 
@@ -204,6 +205,7 @@ def retrainer(
         preprocessing=loaded.preprocessing,
         settings=settings,
         calibration=calibration["method"],
+        percentile=calibration.get("percentile", DEFAULT_PERCENTILE),
         images=images,
         resume=options.resume,
         seed=seed,

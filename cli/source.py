@@ -151,6 +151,15 @@ def parse_model_args(pairs: tuple[str, ...]) -> dict[str, Any]:
     return parsed
 
 
+def _with_recipe(ctx: click.Context, param: click.Parameter, name: str | None) -> str | None:
+    """Let a recipe's [convert] be what options are by default, after snnconv.toml."""
+    if name is not None and not ctx.resilient_parsing:
+        from snnconv.recipe import read_recipe
+
+        ctx.default_map = {**read_recipe(name).convert, **(ctx.default_map or {})}
+    return name
+
+
 def _parse_size(text: str | int | None) -> tuple[int, int] | None:
     if text is None:
         return None
@@ -186,7 +195,10 @@ _OPTIONS = (
     click.option(
         "--recipe",
         metavar="NAME|FILE",
-        help="What the file does not say: architecture, arguments, preprocessing (docs/data.md).",
+        callback=_with_recipe,
+        is_eager=True,
+        help="What the file does not say, architecture, arguments, preprocessing, and how to "
+        "convert it (docs/data.md).",
     ),
     click.option(
         "--image-size",

@@ -39,5 +39,5 @@ def command(as_json: bool, verbose: bool, quiet: bool) -> None:
         console.print_table(
             None, ["spiking checkpoint"], [(f"zoo:{name}",) for name in checkpoints]
         )
-    described = [(r.name, r.arch, r.description, r.reference) for r in recipes]
+    described = [(r.name, r.arch or "any", r.description, r.reference) for r in recipes]
     console.print_table(None, ["recipe", "network", "description", "reference"], described)

@@ -183,12 +183,30 @@ def _conversion(report: dict[str, Any]) -> str:
     calibration, checked = report["calibration"], report["verification"]
     on = calibration["on"]
     images = "no data" if on is None else f"{on['images']} {on['split']} images of {report['data']}"
+    method = calibration["method"]
+    if "percentile" in calibration:
+        method = f"percentile {calibration['percentile']:g}"
     return (
-        f"`{report['checkpoint']}`: clips by {calibration['method']} from {images}, seed "
-        f"{report['seed']}, {report['weight_bits']}-bit weights, {_retraining(report)}; "
+        f"`{report['checkpoint']}`: clips by {method} from {images}, seed "
+        f"{report['seed']}, {report['weight_bits']}-bit weights, {_retraining(report)}"
+        f"{_compensation(report)}; "
         f"{checked['integers']:,} integers and {checked['sites']} layers and maps verified; "
         f"{_time(report)}.\n"
     )
+
+
+def _compensation(report: dict[str, Any]) -> str:
+    """Say what was done against the losses of T steps, or left out."""
+    told = "" if report.get("shortcut_normalization", True) else ", shortcuts not normalised"
+    compensation = report.get("compensation") or {"kind": "none"}
+    if compensation["kind"] == "none":
+        return told
+    how = (
+        "biases per channel"
+        if compensation["kind"] == "bias"
+        else f"a gain of {compensation['gain']:.2f}"
+    )
+    return f"{told}, compensated by {how} from {compensation['images']} other training images"
 
 
 def _retraining(report: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Choose the clips of every population without training (method.md, section 5).
+"""Choose the clips of every layer without training (method.md, section 5).
 
 Statistics stream through histograms of fixed size, one per channel, so memory does not grow with
 the number of images. Without data, the histograms are those of normal distributions whose moments
@@ -19,6 +19,7 @@ from snnconv.plan import Relay, Source
 from snnconv.quant import Branch, Layer, Qann, quantize
 
 METHODS = ("mse", "percentile", "max", "bn")
+DEFAULT_PERCENTILE = 99.9
 BINS = 2048
 CANDIDATES = 512
 # Smallest clip of a channel, as a share of its layer's largest: a bound on the range of integers.
@@ -91,31 +92,34 @@ def calibrate_(
     batches: Iterable[Tensor] | None,
     timesteps: int,
     method: str = "mse",
-    percentile: float = 99.9,
+    percentile: float = DEFAULT_PERCENTILE,
 ) -> None:
-    """Set the clips of every population of a QANN, in place.
+    """Set the clips of every layer of a QANN, in place.
 
     `batches` are normalised images `[N, C, H, W]`, ignored and unnecessary for `bn`. `mse`
     minimises the squared error at T levels channel by channel, as `bn` does without images;
     `percentile` is Spiking ResNet's choice (arXiv 1805.01352), all channels of a layer together,
     `max` the layer's largest activation. A natural clip (ReLU6) is never exceeded. Populations
-    that are silent get a clip of 1. Raises UsageError for an unknown method or missing data,
+    that are silent get a clip of 1. That of a readout is for those who count its spikes: the
+    percentile, else its largest output. Raises UsageError for an unknown method or missing data,
     DataError if there are no images.
     """
     if method not in METHODS:
         raise UsageError(f"unknown calibration {method!r}; choose from {', '.join(METHODS)}")
+    if not 0 < percentile <= 100:
+        raise UsageError(f"the percentile must be above 0 and at most 100, not {percentile:g}")
     if method == "bn":
         histograms = _from_statistics(qann)
     elif batches is None:
         raise UsageError(f"calibration {method!r} needs images; without data use 'bn'")
     else:
         histograms = _from_images(qann, batches)
-    for layer in qann.populations():
+    for layer in qann.weighted():
         histogram = histograms[layer.name]
-        if method == "max":
-            clips = histogram.largest.amax().expand(len(layer.clip))
-        elif method == "percentile":
+        if method == "percentile":
             clips = torch.full_like(histogram.largest, histogram.percentile(percentile))
+        elif method == "max" or layer.readout:
+            clips = histogram.largest.amax().expand(len(layer.clip))
         else:
             clips = histogram.least_error_clips(timesteps)
         layer.clip.copy_(_settled(clips, layer.cap))
@@ -131,7 +135,7 @@ def _settled(clips: Tensor, cap: float | None) -> Tensor:
 
 
 def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
-    histograms = {layer.name: Histogram(len(layer.clip)) for layer in qann.populations()}
+    histograms = {layer.name: Histogram(len(layer.clip)) for layer in qann.weighted()}
 
     def observe(layer: Layer, activation: Tensor) -> None:
         histograms[layer.name].add(activation.abs())
@@ -139,7 +143,10 @@ def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
     seen = 0
     with torch.no_grad():
         for images in batches:
-            qann(images, observe=observe)
+            outputs = qann(images, observe=observe)
+            for layer in qann.readouts():
+                output = outputs[layer.name].clamp_min(0)
+                histograms[layer.name].add(output.reshape(len(output), len(layer.clip), -1))
             seen += len(images)
     if not seen:
         raise DataError("calibration: no images; give at least one")
@@ -162,7 +169,7 @@ def _from_statistics(qann: Qann) -> dict[str, Histogram]:
             moments[node.name] = _Moments(torch.zeros(node.shape[0]), torch.ones(node.shape[0]))
         elif isinstance(node, Relay):
             moments[node.name] = _relay_moments(node, [moments[i] for i in node.inputs])
-        elif not node.readout:
+        else:
             current = _layer_moments(node, moments)
             histograms[node.name] = _normal_histogram(current, node.two_sided)
             moments[node.name] = current if node.two_sided else _rectified(current)

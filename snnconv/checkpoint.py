@@ -241,6 +241,8 @@ def _node_to_json(node: Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
         if isinstance(node, Readout):
             kind = "readout"
             values["unit"] = node.unit
+            if node.threshold is not None:
+                values["threshold"] = node.threshold
         else:
             kind = "neurons"
             values |= {"path": node.path, "two_sided": node.two_sided}
@@ -300,7 +302,11 @@ def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
     if not branches:
         raise ValueError(f"{name} has no synapses")
     if kind == "readout":
-        return Readout(name, branches, bias, shape, entry["depth"], _positive(entry["unit"]))
+        threshold = entry.get("threshold")
+        if threshold is not None and not (type(threshold) is int and 0 < threshold < 2**31):
+            raise ValueError(f"{name}: the threshold is no positive integer of 32 bits")
+        unit = _positive(entry["unit"])
+        return Readout(name, branches, bias, shape, entry["depth"], unit, threshold)
     threshold = _tensor(tensors, f"{name}/threshold", torch.int32, len(bias))
     if int(threshold.min()) < 1:
         raise ValueError(f"{name} has thresholds below 1")

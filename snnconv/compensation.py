@@ -26,6 +26,8 @@ from snnconv.quant import Layer, Qann
 
 KINDS = ("none", "gain", "bias")
 GAINS = tuple(1 + k / 50 for k in range(21))
+# The divergence falls with the gain and then rises: after so many larger ones, no more are tried.
+PATIENCE = 3
 # Neurons answer a larger bias with less than its worth where they are silent or full.
 ROUNDS = 3
 # Counts of all steps of one layer's largest plane that are computed at once.
@@ -79,7 +81,9 @@ def with_gain(network: SpikingNetwork, gain: float) -> SpikingNetwork:
                 row_unit=node.row_unit * gain,
             )
         if isinstance(node, Readout):
-            return replace(node, bias=_divided(node.bias, gain), unit=node.unit * gain)
+            threshold = node.threshold and max(1, round(node.threshold / gain))
+            bias = _divided(node.bias, gain)
+            return replace(node, bias=bias, unit=node.unit * gain, threshold=threshold)
         return node
 
     return replace(network, nodes=tuple(map(node, network.nodes)))
@@ -92,7 +96,10 @@ def _divided(integers: Tensor, gain: float) -> Tensor:
 def gain_divergences(
     network: SpikingNetwork, qann: Qann, batches: Sequence[Tensor], progress: Progress = silent
 ) -> dict[float, float]:
-    """Return, per gain, the mean divergence of a classifier's probabilities at T from the ANN's."""
+    """Return, per gain, the mean divergence of a classifier's probabilities at T from the ANN's.
+
+    The gains rise from 1; beyond the best one few are tried.
+    """
     readout = network.logits
     if readout is None:
         raise UsageError(
@@ -100,7 +107,7 @@ def gain_divergences(
         )
     wanted = [_float_outputs(network, qann, pixels)[readout.name] for pixels in batches]
     schedule = network.timetable(name=SCHEDULE)
-    divergences = {}
+    divergences: dict[float, float] = {}
     for number, gain in enumerate(GAINS):
         way = with_gain(network, gain)
         runner = prepare(way, network.timesteps)
@@ -111,6 +118,8 @@ def gain_divergences(
             images += len(pixels)
         divergences[gain] = total / images
         progress("compensate", number + 1, len(GAINS), f"gain {gain:.2f}")
+        if min(divergences.values()) < min([*divergences.values()][-PATIENCE:]):
+            break
     return divergences
 
 

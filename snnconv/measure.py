@@ -26,6 +26,7 @@ BATCH = 256
 BATCH_NEURONS = 2**26
 # What an evaluation has from a simulation alone.
 COURSE = (
+    "snn_by_count",
     "latency_steps",
     "latency_steps_clocked",
     "drain_steps",
@@ -114,6 +115,17 @@ def _shared_batches(
     return data.batches(preprocessing, chosen, batch, asked=len(indices))
 
 
+def most_spikes(counts: Tensor, membranes: Tensor) -> Tensor:
+    """Return the class with the most spikes, of those the one with the highest membrane.
+
+    Both are integers `[steps, N, ...]`, the result is `[steps, N]`.
+    """
+    counts, membranes = counts.flatten(2), membranes.flatten(2)
+    lowest = torch.iinfo(membranes.dtype).min
+    most = counts == counts.amax(2, keepdim=True)
+    return torch.where(most, membranes, lowest).argmax(2)
+
+
 @dataclass
 class _Tally:
     """Sums over batches; everything in it is an integer or a list of them."""
@@ -124,6 +136,7 @@ class _Tally:
     end_hits: int = 0
     same_argmax: int = 0
     by_step: list[list[int | None]] = field(default_factory=list)
+    by_step_counted: list[list[int | None]] = field(default_factory=list)
     drains: list[Tensor] = field(default_factory=list)
     equal: dict[str, int] = field(default_factory=dict)
     spikes: dict[str, Tensor] = field(default_factory=dict)
@@ -144,6 +157,12 @@ class _Tally:
         self.by_step.append(
             [int(h) if known else None for h, known in zip(hits, defined, strict=True)]
         )
+        counting = course.readout_counts(self.network, readout)
+        if counting is not None:
+            counted = (most_spikes(*counting).cpu() == labels).sum(1)
+            self.by_step_counted.append(
+                [int(h) if known else None for h, known in zip(counted, defined, strict=True)]
+            )
         final = chosen[-1]
         self.hits += int(hits[-1])
         self.same_argmax += int((final == settled).sum())
@@ -163,7 +182,7 @@ class _Tally:
         """Add the sums of another tally, as its `vars`."""
         for key in ("images", "hits", "end_hits", "same_argmax"):
             setattr(self, key, getattr(self, key) + other[key])
-        for key in ("by_step", "drains"):
+        for key in ("by_step", "by_step_counted", "drains"):
             getattr(self, key).extend(other[key])
         for key in ("equal", "spikes", "minimum"):
             mine = getattr(self, key)
@@ -172,15 +191,20 @@ class _Tally:
 
     def steps(self) -> list[dict[str, Any]]:
         """Return the accuracy after each step; images that have ended stay as they are."""
-        longest = max(len(b) for b in self.by_step)
-        rows = []
-        for t in range(longest):
-            hits = [b[min(t, len(b) - 1)] for b in self.by_step]
+        charged, counted = self._course(self.by_step), self._course(self.by_step_counted)
+        counted = counted or [None] * len(charged)
+        return [
+            {"step": t + 1, "top1_percent": by_charge, "count_top1_percent": by_count}
+            for t, (by_charge, by_count) in enumerate(zip(charged, counted, strict=True))
+        ]
+
+    def _course(self, batches: list[list[int | None]]) -> list[float | None]:
+        course: list[float | None] = []
+        for t in range(max(map(len, batches), default=0)):
+            hits = [b[min(t, len(b) - 1)] for b in batches]
             known = [h for h in hits if h is not None]
-            complete = len(known) == len(hits)
-            accuracy = 100 * sum(known) / self.images if complete else None
-            rows.append({"step": t + 1, "top1_percent": accuracy})
-        return rows
+            course.append(100 * sum(known) / self.images if len(known) == len(hits) else None)
+        return course
 
 
 def evaluate(
@@ -261,10 +285,7 @@ def evaluate(
         "ann": None,
         "qann": {"top1_percent": 100 * tally.end_hits / tally.images},
         "qann_float": None,
-        "snn": {
-            "top1_percent": 100 * tally.hits / tally.images,
-            "interval95_percent": list(wilson_interval(tally.hits, tally.images)),
-        },
+        "snn": _accuracy(tally.hits, tally.images),
         **(_course(network, schedule, tally) if simulated else dict.fromkeys(COURSE)),
         "wall_ms_per_image": 1000 * seconds / tally.images,
         "engine": runner.name if simulated else ENDPOINT,
@@ -340,6 +361,13 @@ def _compared(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _accuracy(hits: int, images: int) -> dict[str, Any]:
+    return {
+        "top1_percent": 100 * hits / images,
+        "interval95_percent": list(wilson_interval(hits, images)),
+    }
+
+
 def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[str, Any]:
     """Return what the simulations told: latency, agreement, accuracy by step, spikes."""
     drains = torch.cat(tally.drains).numpy()
@@ -350,7 +378,9 @@ def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
     per_neuron = network.neurons * tally.images
     positive, negative = (sum(int(s[k]) for s in tally.spikes.values()) for k in (0, 1))
     equal = sum(tally.equal.values())
+    counted = sum(b[-1] or 0 for b in tally.by_step_counted)
     return {
+        "snn_by_count": _accuracy(counted, tally.images) if tally.by_step_counted else None,
         "latency_steps": latency,
         "latency_steps_clocked": latency + network.depth,
         "drain_steps": {

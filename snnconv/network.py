@@ -75,7 +75,8 @@ class Population:
 class Readout:
     """A named output: integer charge per class times one `unit`, no neuron.
 
-    `logits(t) = unit (W S(t) + B(t) bias) / max(B(t), 1)`.
+    `logits(t) = unit (W S(t) + B(t) bias) / max(B(t), 1)`. `threshold` is that of neurons that
+    could stand in its place, where the usual outputs are known.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Readout:
     shape: tuple[int, ...]
     depth: int
     unit: float
+    threshold: int | None = None
     readout: bool = True
 
 

@@ -35,6 +35,7 @@ LARGEST_THRESHOLD_LOG2 = 15
 LARGEST_STEM_THRESHOLD_LOG2 = 22
 LARGEST_MEMBRANE_UNIT_LOG2 = 20
 READOUT_FRACTION_BITS = 8
+LARGEST_INTEGER = 2**31 - 1
 # A charge is an integer, a point of rounding an integer or a half: both are a quarter away.
 BETWEEN_INTEGERS = 0.25
 # Below so many bits the largest weight is no use as the upper end.
@@ -70,6 +71,7 @@ def integerize(
             layer = next(layers)
             if isinstance(layer, Readout):
                 layer = replace(layer, unit=float(layer.unit))
+                layer = replace(layer, threshold=_readout_threshold(node, layer.unit))
             nodes.append(layer)
     return SpikingNetwork(
         tuple(nodes), preprocessing, timesteps, weight_bits=weight_bits, **settings
@@ -385,6 +387,12 @@ def _readout(layer: Layer, values: dict[str, tuple[Tensor, Tensor]], depth: int)
     return Readout(
         layer.name, synapses, (bias / unit).round().to(torch.int32), layer.shape, depth, unit
     )
+
+
+def _readout_threshold(layer: Layer, unit: float) -> int | None:
+    """Return the threshold of neurons in place of a readout; None if its clip is not known."""
+    clip = float(layer.clip.max())
+    return None if math.isnan(clip) else min(max(1, round(clip / unit)), LARGEST_INTEGER)
 
 
 # How far above its mean 99.9 % of a normal variable lie below.

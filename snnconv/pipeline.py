@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnconv.calibrate import calibrate_
+from snnconv.calibrate import DEFAULT_PERCENTILE, calibrate_
 from snnconv.compensation import compensate
 from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
@@ -49,6 +49,7 @@ def convert(
     *,
     timesteps: int = 7,
     calibration: str = "mse",
+    percentile: float = DEFAULT_PERCENTILE,
     weight_bits: int = 8,
     retrain: Retrain | None = None,
     shortcut_normalization: bool = True,
@@ -59,12 +60,12 @@ def convert(
 ) -> Conversion:
     """Trace, plan, fold, calibrate and integerise a model; `check_equal` verifies the result.
 
-    `images` are batches of uint8 pixels `[N, C, H, W]` to calibrate on; the calibration `bn`
-    needs none. `retrain` may train the traced network and its QANN, in place, before they become
-    integers (`snnconv.train`); what it returns goes into the provenance, as does the plan. Without
-    training, `compensation` makes up for what neurons lose in T steps (`snnconv.compensation`), on
-    `held_out` images that are not those calibrated on, and `shortcut_normalization` can be left
-    out, to see what it is good for.
+    `images` are batches of uint8 pixels `[N, C, H, W]` to calibrate on; the calibration `bn` needs
+    none, and `percentile` belongs to the calibration of that name. `retrain` may train the traced
+    network and its QANN, in place, before they become integers (`snnconv.train`); what it returns
+    goes into the provenance, as does the plan. Without training, `compensation` makes up for what
+    neurons lose in T steps (`snnconv.compensation`), on `held_out` images that are not those
+    calibrated on, and `shortcut_normalization` can be left out, to see what it is good for.
     `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...).
     Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
     """
@@ -75,7 +76,7 @@ def convert(
     check_fold(traced, qann)
     progress("trace", 1, 1)
     batches = None if images is None else (preprocessing.normalize(p) for p in images)
-    calibrate_(qann, batches, timesteps, calibration)
+    calibrate_(qann, batches, timesteps, calibration, percentile)
     provenance = {**settings.pop("provenance", {}), "plan": plan.to_dict(), "retraining": None}
     if retrain is not None:
         provenance["retraining"] = retrain(traced, plan, qann)

@@ -1,12 +1,13 @@
-"""Recipes: what a checkpoint file does not say about its network, as TOML.
+"""Recipes: what a checkpoint file does not say about its network, and how to convert it, as TOML.
 
-    arch = "squeezenet1_0"
+    arch = "squeezenet1_0"    # may be left out where the recipe is for any network
     description = "..."
     reference = "..."
     timesteps = 3             # T, if --timesteps does not say
     weight_bits = 8           # likewise
     [model_args]              # passed to the network's constructor
     [preprocessing]           # any of: input_size mean std scale crop_pct interpolation channels
+    [convert]                 # any of CONVERT_KEYS: defaults of the options of that name
     [train]                   # how to retrain: any key of snnconv.train.TrainSettings
 
 `mean` and `std` hold for pixels from 0 to `scale` (default 1), in the order red, green, blue;
@@ -25,25 +26,31 @@ from snnconv.preprocess import Preprocessing, overridden
 
 KEYS = (
     "arch", "description", "reference", "timesteps", "weight_bits", "model_args", "preprocessing",
-    "train",
+    "convert", "train",
 )  # fmt: skip
+TABLES = ("model_args", "preprocessing", "convert", "train")
 PREPROCESSING_KEYS = (
     "input_size", "mean", "std", "scale", "crop_pct", "interpolation", "channels",
+)  # fmt: skip
+CONVERT_KEYS = (
+    "calibration", "calibration_images", "percentile", "neuron", "initial_membrane",
+    "compensation", "schedule", "drain",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to read checkpoints of one kind, and how to retrain them."""
+    """How to read, convert and retrain checkpoints of one kind."""
 
     name: str
-    arch: str
+    arch: str | None = None
     description: str = ""
     reference: str = ""
     timesteps: int | None = None
     weight_bits: int | None = None
     model_args: dict[str, Any] = field(default_factory=dict)
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    convert: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,7 +83,7 @@ def names() -> list[str]:
 def read_recipe(name: str) -> Recipe:
     """Read a recipe of the package by its name, or a file ending in .toml.
 
-    Raises UsageError for an unknown name, a file that is no TOML, and unknown or missing keys.
+    Raises UsageError for an unknown name, a file that is no TOML, and unknown keys.
     """
     path = Path(name) if name.endswith(".toml") else folder() / f"{name}.toml"
     if not path.is_file():
@@ -89,15 +96,16 @@ def read_recipe(name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
     refuse_unknown(str(path), values, KEYS)
-    if not isinstance(values.get("arch"), str):
-        raise UsageError(f"{path}: a recipe needs arch, the name of a timm architecture")
+    if not isinstance(values.get("arch", ""), str):
+        raise UsageError(f"{path}: arch must be the name of a timm architecture")
     for key in ("timesteps", "weight_bits"):
         if type(values.get(key, 1)) is not int:
             raise UsageError(f"{path}: {key} must be a whole number")
-    for key in ("model_args", "preprocessing", "train"):
+    for key in TABLES:
         if not isinstance(values.get(key, {}), dict):
             raise UsageError(f"{path}: {key} must be a table")
-    refuse_unknown(f"{path}: [preprocessing]", values.get("preprocessing", {}), PREPROCESSING_KEYS)
+    for table, keys in (("preprocessing", PREPROCESSING_KEYS), ("convert", CONVERT_KEYS)):
+        refuse_unknown(f"{path}: [{table}]", values.get(table, {}), keys)
     recipe = Recipe(path.stem, **values)
     if recipe.channels not in ("rgb", "bgr"):
         raise UsageError(f'{path}: channels must be "rgb" or "bgr", not {recipe.channels!r}')

@@ -71,6 +71,32 @@ def test_a_recipe_says_how_and_options_override_it(
     assert "epoch; did you mean epochs?" in capsys.readouterr().err
 
 
+def test_a_recipe_says_how_to_convert_and_options_override_it(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    command = ["convert", "zoo:digits", "--data", "zoo:digits", "-T", "20", "--json", "-q"]
+    assert run([*command, "--recipe", "spiking_resnet", "--schedule", "wait"]) == 0
+    found = output(capsys)
+    assert (found["neuron"], found["schedule"], found["timesteps"]) == ("unsigned", "wait", 20)
+    assert found["calibration"]["method"] == "percentile"
+    assert found["calibration"]["percentile"] == 99.9 and found["retraining"] is None
+    Path("mine.toml").write_text('[convert]\nneuron = "unsigned"\npercentile = 90.5\n')
+    Path("snnconv.toml").write_text('[convert]\nneuron = "signed"\nepochs = 0\n')
+    command += ["--recipe", "mine.toml", "--force"]
+    assert run([*command, "--calibration", "percentile"]) == 0
+    found = output(capsys)
+    assert (found["neuron"], found["calibration"]["percentile"]) == ("signed", 90.5)
+    assert run(command) == 2
+    assert "--percentile belongs to --calibration percentile, not mse" in capsys.readouterr().err
+    Path("snnconv.toml").unlink()
+    Path("mine.toml").write_text('[convert]\nneuron = "sined"\n')
+    assert run(command) == 2
+    assert "sined" in capsys.readouterr().err
+    Path("mine.toml").write_text('[convert]\nneurons = "signed"\n')
+    assert run(command) == 2
+    assert "neurons; did you mean neuron?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

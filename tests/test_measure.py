@@ -59,6 +59,42 @@ def test_accuracy_counts_what_the_simulation_says() -> None:
     assert len(found["by_step"]) == found["latency_steps"]
 
 
+@pytest.mark.parametrize("neuron", ["signed", "unsigned"])
+def test_the_readout_may_be_neurons_that_count(neuron: str) -> None:
+    network = replace(converted("residual", calibration="max").network, neuron=neuron)
+    readout = network.logits
+    assert readout is not None and readout.threshold is not None
+    largest = converted("residual", calibration="max").qann(PREPROCESSING.normalize(images(8, 1)))
+    assert readout.threshold * readout.unit == pytest.approx(
+        float(largest["logits"].detach().max()), rel=0.01
+    )
+    schedule = network.timetable(name="paper")
+    course = simulate(network, images(COUNT, 4), schedule)
+    charges = course.charges["logits"].numpy()
+    hits = [0] * len(charges)
+    labels = settled_labels()
+    for image in range(COUNT):
+        membrane = np.full(5, readout.threshold // 2, dtype=np.int64)
+        spikes, before = np.zeros(5, dtype=np.int64), np.zeros(5, dtype=np.int64)
+        for at, charge in enumerate(charges[:, image]):
+            membrane += charge - before
+            before = charge
+            for k in range(5):
+                if membrane[k] >= readout.threshold and spikes[k] < network.timesteps:
+                    spikes[k] += 1
+                    membrane[k] -= readout.threshold
+                elif neuron == "signed" and membrane[k] < 0 and spikes[k] > 0:
+                    spikes[k] -= 1
+                    membrane[k] += readout.threshold
+            best = max(range(5), key=lambda k: (spikes[k], membrane[k], -k))
+            hits[at] += best == labels[image]
+    found = evaluate(network, data(labels), np.arange(COUNT), schedule)
+    assert [round(row["count_top1_percent"] * COUNT / 100) for row in found["by_step"]] == hits
+    assert found["snn_by_count"]["top1_percent"] == pytest.approx(100 * hits[-1] / COUNT)
+    unknown = replace(network, nodes=(*network.nodes[:-1], replace(readout, threshold=None)))
+    assert evaluate(unknown, data(labels), np.arange(COUNT), schedule)["snn_by_count"] is None
+
+
 def test_the_end_point_alone_gives_the_same_accuracy() -> None:
     network, labels = converted("residual").network, settled_labels()
     labels[:6] = (labels[:6] + 1) % 5

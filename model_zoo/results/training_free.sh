@@ -23,7 +23,7 @@ network() { # NAME SOURCE DATA_SET T OPTIONS...: what the next reports are of; c
   name=$1 source=$checkpoints/$2 data_set=$data/$3
   [[ $name =~ $pattern ]] || return 0
   [[ -e $work/$name.snn.safetensors ]] ||
-    snnconv convert "$source" --data "$data_set" -T "$4" -o "$work/$name.snn.safetensors" --quiet "${@:5}"
+    snnconv convert "$source" --data "$data_set" -T "$4" --epochs 0 -o "$work/$name.snn.safetensors" --quiet "${@:5}"
   cp "$work/$name.convert.json" .
 }
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
+from snnconv.neuron import initial_membrane, step
 from snnconv.schedule import Schedule
 
 
@@ -57,6 +58,28 @@ class Trace:
         divisor = torch.where(injected > 0, injected, torch.nan)
         charge = self.charges[name].double()
         return readout.unit * charge / divisor.view(-1, *[1] * (charge.ndim - 1)).to(charge.device)
+
+    def readout_counts(self, network: SpikingNetwork, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return spike counts and membranes of neurons in place of a readout, after every step.
+
+        Both are int64 `[steps, N, ...]`. Spiking ResNet (arXiv 1805.01352) decides by the counts;
+        where they are equal, the membranes tell. None if the readout has no threshold.
+        """
+        (readout,) = (r for r in network.readouts if r.name == name)
+        if readout.threshold is None:
+            return None
+        charges = self.charges[name]
+        threshold = torch.tensor(readout.threshold, device=charges.device)
+        start = initial_membrane(threshold, network.initial_membrane)
+        fired = torch.zeros_like(charges[0])
+        counts, membranes = torch.empty_like(charges), torch.empty_like(charges)
+        for at, charge in enumerate(charges):
+            membrane = charge + start - threshold * fired
+            _, membranes[at], fired = step(
+                membrane, fired, threshold, self.schedule.timesteps, 0, network.neuron == "signed"
+            )
+            counts[at] = fired
+        return counts, membranes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnconv.calibrate import calibrate_
+from snnconv.calibrate import DEFAULT_PERCENTILE, calibrate_
 from snnconv.data import ImageData
 from snnconv.errors import UsageError
 from snnconv.graph import Traced
@@ -40,6 +40,7 @@ def retrain(
     initial_membrane: str = "half",
     settings: TrainSettings | None = None,
     calibration: str = "mse",
+    percentile: float = DEFAULT_PERCENTILE,
     images: Callable[[], Iterable[Tensor] | None] = lambda: None,
     resume: bool = False,
     **options: Any,
@@ -48,9 +49,9 @@ def retrain(
 
     `teacher` is the float network to learn from, on normalised images; `data` a training split.
     `images` gives batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method
-    `calibration`, where the settings name stages. `options` are those of `Training`. Returns
-    settings and choice as plain JSON values, for the provenance. With `functools.partial` this is
-    the `retrain` of `snnconv.convert`.
+    `calibration` and its `percentile`, where the settings name stages. `options` are those of
+    `Training`. Returns settings and choice as plain JSON values, for the provenance. With
+    `functools.partial` this is the `retrain` of `snnconv.convert`.
     """
 
     def recalibrate(stage: int) -> None:
@@ -59,7 +60,7 @@ def retrain(
         normalized = (
             None if pixels is None else (preprocessing.normalize(p.to(device)) for p in pixels)
         )
-        calibrate_(qann, normalized, stage, calibration)
+        calibrate_(qann, normalized, stage, calibration, percentile)
 
     settings = settings or TrainSettings()
     if settings.stages and calibration == "bn":
