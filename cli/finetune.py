@@ -1,23 +1,24 @@
-"""`snnconv finetune`: tune a spiking checkpoint layer by layer."""
+"""`snnconv finetune`: tune a spiking checkpoint for the end of its T steps."""
 
 from __future__ import annotations
 
+import io
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, first_line
 
 from . import console, options
 
 if TYPE_CHECKING:
-    from snnconv.finetune import LayerResult, LayerwiseTuning
-    from snnconv.network import SpikingNetwork
+    from snnconv.finetune import EpochResult, Finetuning, LayerResult
 
 HASHED_IMAGES = 1000
+DEFAULT_EPOCHS = 3
 
 
 @options.command(
@@ -29,7 +30,12 @@ HASHED_IMAGES = 1000
 @click.option(
     "--layerwise",
     is_flag=True,
-    help="Tune one layer after the other, front to back (Fast-SNN); there is no other way yet.",
+    help="Tune one layer after the other, front to back (Fast-SNN).",
+)
+@click.option(
+    "--end-to-end",
+    is_flag=True,
+    help="Tune all layers together, by the outputs; after --layerwise, if both are given.",
 )
 @options.data_option
 @click.option(
@@ -42,19 +48,25 @@ HASHED_IMAGES = 1000
 @click.option(
     "--epochs-per-layer",
     type=click.IntRange(1, 1000),
-    help="Passes over the images for every layer.  [default: 3]",
+    help="With --layerwise, passes over the images for every layer.  [default: 3]",
+)
+@click.option(
+    "--epochs",
+    type=click.IntRange(1, 1000),
+    help="With --end-to-end, passes over the images.  [default: 3]",
 )
 @click.option(
     "--lr",
     type=click.FloatRange(1e-6, 100),
-    help="First learning rate, in integers a step.  [default: 0.05]",
+    help="First learning rate, in integers a step.  [default: 0.03]",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Images per step.  [default: 64]")
 @click.option(
     "--images",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Training images to learn from, drawn with --seed.  [default: 10000]",
+    help="Training images to learn from, drawn with --seed.  [default: 10000 for each layer, all "
+    "for all layers together]",
 )
 @click.option("--bias-only", is_flag=True, help="Tune biases and leave the weights as they are.")
 @click.option("--resume", is_flag=True, help="Go on with the fine-tuning that was interrupted.")
@@ -67,9 +79,11 @@ HASHED_IMAGES = 1000
 def command(
     checkpoint: str | None,
     layerwise: bool,
+    end_to_end: bool,
     data: str | None,
     layers: str,
     epochs_per_layer: int | None,
+    epochs: int | None,
     lr: float | None,
     batch_size: int | None,
     images: int | None,
@@ -85,24 +99,31 @@ def command(
 ) -> None:
     """Tune a spiking checkpoint, by default the newest here, for the end of its T steps.
 
-    After T steps some charge is still on its way, and counts miss those of the quantised ANN. Every
-    layer learns on training images to make up for it; what does not help on held-out images is
+    After T steps some charge is still on its way, and counts miss those of the quantised ANN.
+    Layers learn on training images to make up for it; what does not help on held-out images is
     taken back. The new checkpoint runs under the schedule paper. Under an exact schedule there is
     nothing to mend.
     """
     start = time.perf_counter()
-    if not layerwise:
+    if not layerwise and not end_to_end:
         raise UsageError(
-            "there is one way to fine-tune a spiking network, layer by layer: give --layerwise; to "
-            "train all layers together, before they spike, see snnconv convert --epochs"
+            "say how to fine-tune: --layerwise, --end-to-end, or both; to train the network before "
+            "it spikes, see snnconv convert --epochs"
         )
+    for option, value, needs, given in (
+        ("--epochs-per-layer", epochs_per_layer, "--layerwise", layerwise),
+        ("--epochs", epochs, "--end-to-end", end_to_end),
+    ):
+        if value is not None and not given:
+            raise UsageError(f"{option} belongs to {needs}")
     path, named = options.spiking_checkpoint(checkpoint, quiet)
     where = options.require_data(data)
 
     from snnconv import __version__, report
     from snnconv.checkpoint import SUFFIX, load_network, save_network, sha256
     from snnconv.data import open_held_out
-    from snnconv.finetune import FinetuneSettings, LayerwiseTuning
+    from snnconv.finetune import FinetuneSettings, Finetuning
+    from snnconv.normalize import with_settings
 
     stem = named.name.removesuffix(SUFFIX)
     target = output or named.with_name(f"{stem}.tuned{SUFFIX}")
@@ -115,14 +136,13 @@ def command(
     options.require_free(state, "fine-tuning", resume, force)
 
     network = load_network(path)
-    given: dict[str, Any] = {
-        "epochs_per_layer": epochs_per_layer,
-        "lr": lr,
-        "batch_size": batch_size,
-        "images": images,
-    }
+    chosen: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "images": images}
     settings = FinetuneSettings(
-        layers=layers, bias_only=bias_only, **{k: v for k, v in given.items() if v is not None}
+        epochs_per_layer=(epochs_per_layer or DEFAULT_EPOCHS) if layerwise else 0,
+        epochs=(epochs or DEFAULT_EPOCHS) if end_to_end else 0,
+        layers=layers,
+        bias_only=bias_only,
+        **{k: v for k, v in chosen.items() if v is not None},
     )
     place = options.resolve_device(device)
     calibrated_on = network.provenance.get("calibration", {}).get("on")
@@ -130,9 +150,7 @@ def command(
     if train.note:
         console.note(train.note, quiet)
     with console.progress(quiet) as progress:
-        tuning = LayerwiseTuning(
-            network, train, settings, seed=seed, device=place, progress=progress
-        )
+        tuning = Finetuning(network, train, settings, seed=seed, device=place, progress=progress)
         identity = {
             "version": __version__,
             "parent_sha256": sha256(network),
@@ -144,16 +162,17 @@ def command(
             _resume(tuning, state, identity)
         before = tuning.agreement(network)
         try:
-            for layer in tuning.run():
-                save_network(_described(tuning, identity), state)
-                console.note(_line(layer), quiet)
+            for result in tuning.run():
+                _save(tuning, state, identity)
+                console.note(_line(result), quiet)
         except KeyboardInterrupt:
             if state.is_file():
-                console.note("the same command with --resume goes on after the last layer", quiet)
+                console.note("the same command with --resume goes on from there", quiet)
             raise
-        after = tuning.agreement(tuning.tuned)
-    result = {"before": before, "after": after}
-    tuned = _described(tuning, identity, result)
+        tuned = tuning.tuned
+        agreement = {"before": before, "after": tuning.agreement(tuned)}
+    told = {**identity, **tuning.described(), "held_out": agreement}
+    tuned = with_settings(tuned, provenance={**tuned.provenance, "finetuning": told})
     save_network(tuned, target, replace=force)
     contents = {
         "schema": "snnconv.finetuning/1",
@@ -164,7 +183,7 @@ def command(
         "timesteps": network.timesteps,
         "neuron": network.neuron,
         "data": train.name,
-        **tuned.provenance["finetuning"],
+        **told,
         "device": place,
         "seconds": time.perf_counter() - start,
     }
@@ -177,38 +196,53 @@ def command(
     options.note_unreadable(train.unreadable, quiet)
 
 
-def _described(
-    tuning: LayerwiseTuning, identity: dict[str, Any], result: dict[str, Any] | None = None
-) -> SpikingNetwork:
-    """Return the network as it is now, with all that was done to it in its provenance."""
-    told = {**identity, **tuning.described(), "held_out": result}
-    tuned = tuning.tuned
-    return replace(tuned, provenance={**tuned.provenance, "finetuning": told})
+def _save(tuning: Finetuning, state: Path, identity: dict[str, Any]) -> None:
+    """Write what has been done so far."""
+    import torch
+
+    from snnconv.checkpoint import write_atomically
+
+    buffer = io.BytesIO()
+    torch.save({"identity": identity, **tuning.state_dict()}, buffer)
+    write_atomically(state, buffer.getvalue())
 
 
-def _resume(tuning: LayerwiseTuning, state: Path, identity: dict[str, Any]) -> None:
-    """Go on with an interrupted tuning. Raises UsageError if it is another."""
-    from snnconv.checkpoint import load_network
-    from snnconv.finetune import LayerResult
+def _resume(tuning: Finetuning, state: Path, identity: dict[str, Any]) -> None:
+    """Go on with an interrupted tuning. Raises UsageError if it is another, or damaged."""
+    import torch
 
-    found = load_network(state)
-    told = found.provenance["finetuning"]
-    other = [key for key, value in identity.items() if told.get(key) != value]
+    try:
+        found = torch.load(state, map_location="cpu", weights_only=True)
+        told = found.pop("identity")
+        other = [key for key, value in identity.items() if told.get(key) != value]
+        if not other:
+            tuning.load_state_dict(found)
+    except Exception as error:  # a file may be wrong in any way there is
+        raise UsageError(
+            f"--resume: {state} is damaged ({first_line(error)}); start anew with --force"
+        ) from error
     if other:
         raise UsageError(
             f"{state} is of another fine-tuning ({', '.join(other)} differ); give the same "
             "options, or --force to begin anew"
         )
-    tuning.resume(found, [LayerResult(**layer) for layer in told["layers"]])
 
 
-def _line(layer: LayerResult) -> str:
-    """Say what became of a layer."""
-    error = f"error {100 * layer.error_before:.2f} % to {100 * layer.error_after:.2f} %"
+def _line(result: LayerResult | EpochResult) -> str:
+    """Say what became of a layer, or of an epoch."""
+    from snnconv.finetune import EpochResult
+
+    if isinstance(result, EpochResult):
+        return (
+            f"epoch {result.epoch}: KL {result.kl:.4f}, arg-max at T as the quantised ANN "
+            f"{result.argmax_percent:.2f} %"
+        )
+    error = f"error {100 * result.error_before:.2f} % to {100 * result.error_after:.2f} %"
     divergence = ""
-    if layer.kl_before is not None:
-        divergence = f", KL {layer.kl_before:.4f} to {layer.kl_after:.4f}"
-    return f"{layer.layer}: {error}{divergence}, {'kept' if layer.accepted else 'taken back'}"
+    if result.kl_before is not None:
+        divergence = f", KL {result.kl_before:.4f} to {result.kl_after:.4f}"
+    became = "kept" if result.accepted else "taken back"
+    return f"{result.layer}: {error}{divergence}, {became}"
 
 
 def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
@@ -224,12 +258,25 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
         )
         for layer in contents["layers"]
     ]
-    title = (
-        f"{contents['model']}, T {contents['timesteps']}, tuned on {contents['images']} images, "
-        f"judged on {contents['held_out_images']} others"
-    )
-    columns = ["layer", "error before", "after", "KL before", "after", "kept"]
-    console.print_table(title, columns, rows)
+    images, judges = contents["images"], contents["held_out_images"]
+    what = f"{contents['model']}, T {contents['timesteps']}"
+    if rows:
+        title = f"{what}, tuned on {images['layers']} images, judged on {judges} others"
+        columns = ["layer", "error before", "after", "KL before", "after", "kept"]
+        console.print_table(title, columns, rows)
+    if contents["epochs"]:
+        title = f"{what}, all layers on {images['together']} images, judged on {judges} others"
+        lines = [
+            (
+                str(e["epoch"]),
+                "–" if e["loss"] is None else f"{e['loss']:.4f}",
+                f"{e['kl']:.4f}",
+                f"{e['argmax_percent']:.2f}",
+            )
+            for e in contents["epochs"]
+        ]
+        columns = ["epoch", "loss", "KL", "arg-max as the quantised ANN, %"]
+        console.print_table(title, columns, lines)
     before, after = contents["held_out"]["before"], contents["held_out"]["after"]
     rows = []
     if before is not None:

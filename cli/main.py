@@ -30,7 +30,7 @@ from .options import (
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Turn a pretrained network into a verified spiking one."),
     "eval": ("eval", "Measure a spiking checkpoint: accuracy at every step, spikes."),
-    "finetune": ("finetune", "Tune a spiking checkpoint layer by layer for few time steps."),
+    "finetune": ("finetune", "Tune a spiking checkpoint for the end of its T steps."),
     "inspect": ("inspect", "Show what a spiking checkpoint holds, layer by layer."),
     "check": ("check", "Say whether a network can become spiking, and why not."),
     "zoo": ("zoo", "List the networks that come with snnconv."),

@@ -34,9 +34,14 @@ def main(args: list[str]) -> int:
     evaluations = _load("*.eval.json")
     conversions = {c["checkpoint"]: c for c in _load("*.convert.json")}
     for evaluation in evaluations:
-        retraining = conversions[evaluation["checkpoint"]].get("retraining")
+        conversion = conversions[evaluation["checkpoint"]]
+        retraining = conversion.get("retraining")
         evaluation["epochs"] = 0 if retraining is None else retraining["settings"]["epochs"]
+        evaluation["shortcuts"] = conversion.get("shortcut_normalization", True)
+        evaluation["compensation"] = conversion.get("compensation")
     evaluations.sort(key=_order)
+    spiking_resnet = [e for e in evaluations if _is_spiking_resnet(conversions[e["checkpoint"]])]
+    evaluations = [e for e in evaluations if e not in spiking_resnet]
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
@@ -45,7 +50,10 @@ def main(args: list[str]) -> int:
         {**json.loads(path.read_text(encoding="utf-8")), "report": path.name}
         for path in sorted(REPORTS.glob("*.baselines.json"))
     ]
-    whole = "\n".join([_results(evaluations, conversions), *map(_methods, comparisons)])
+    parts = [_results(evaluations, conversions)]
+    if spiking_resnet:
+        parts.append(_spiking_resnet(spiking_resnet, conversions))
+    whole = "\n".join([*parts, *map(_methods, comparisons)])
     texts = {
         RESULTS: whole,
         README: f"{before}{BEGIN}\n{table}{END}{after}",
@@ -130,6 +138,58 @@ def _results(evaluations: list[dict[str, Any]], conversions: dict[str, dict[str,
     return "\n".join(parts)
 
 
+_SPIKING_RESNET = {
+    "model": lambda e: e["model"],
+    "T": lambda e: e["timesteps"],
+    "shortcuts": lambda e: "normalised" if e["shortcuts"] else "not",
+    "V0": lambda e: {"half": "θ/2", "zero": "0"}[e["initial_membrane"]],
+    "compensation": lambda e: _compensation(e["compensation"]),
+    "ANN %": lambda e: _percent(e["ann"]),
+    "QANN %": lambda e: _percent(e["qann"]),
+    "SNN %": lambda e: _percent(e["snn"]),
+    "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
+    "by spike count %": lambda e: _percent(e["snn_by_count"]),
+    "spikes per neuron": lambda e: f"{e['spikes']['per_neuron']:.2f}",
+    "images": lambda e: f"{e['images']:,}",
+    "report": lambda e: f"[json](results/{e['report']})",
+}
+SPIKING_RESNET = """## Spiking ResNet
+
+Without training, plain unsigned neurons under the schedule `paper`, clips by the 99.9 percentile of
+1,000 training images: the recipe `spiking_resnet`, with and without shortcut normalisation and
+compensation. A gain belongs to neurons that start at V0 = 0. The QANN is the network's own end point,
+so a compensated one's, which exact schedules would reach.
+"""
+
+
+def _is_spiking_resnet(conversion: dict[str, Any]) -> bool:
+    return conversion["calibration"]["method"] == "percentile"
+
+
+def _spiking_resnet(
+    evaluations: list[dict[str, Any]], conversions: dict[str, dict[str, Any]]
+) -> str:
+    def order(e: dict[str, Any]) -> tuple[Any, ...]:
+        kinds = ("none", "gain", "bias")
+        kind = kinds.index(e["compensation"]["kind"])
+        v0 = e["initial_membrane"] == "zero"
+        return len(e["model"]), e["model"], e["timesteps"], not e["shortcuts"], v0, kind
+
+    rows = sorted(evaluations, key=order)
+    reports = [r for e in rows for r in (conversions[e["checkpoint"]], e)]
+    commands = "\n".join(r["command"] for r in reports)
+    table = _table(_SPIKING_RESNET, rows)
+    return (
+        f"{SPIKING_RESNET}\n{table}\n{_images(rows)}\n\n"
+        f"```sh\n# in model_zoo/results\n{commands}\n```\n"
+    )
+
+
+def _compensation(described: dict[str, Any]) -> str:
+    kind: str = described["kind"]
+    return f"gain {described['gain']:.2f}" if kind == "gain" else kind
+
+
 _COMPARED = {
     "method": lambda r: r["method"],
     "checkpoint": lambda r: f"`{r['checkpoint'].removesuffix('.snn.safetensors')}`",
@@ -169,11 +229,21 @@ def _methods(report: dict[str, Any]) -> str:
 
 def _tuning(report: dict[str, Any]) -> str:
     settings, held_out = report["settings"], report["held_out"]
-    kept = sum(layer["accepted"] for layer in report["layers"])
+    done, images, layers = [], report["images"], report["layers"]
+    if layers:
+        kept = sum(layer["accepted"] for layer in layers)
+        done.append(
+            f"{settings['epochs_per_layer']} epochs a layer on {images['layers']:,} training "
+            f"images ({kept} of {len(layers)} layers kept their change)"
+        )
+    if report["epochs"]:
+        done.append(
+            f"{settings['epochs']} epochs of all layers together on {images['together']:,} "
+            "training images"
+        )
     return (
-        f"`{report['checkpoint']}`: {settings['epochs_per_layer']} epochs a layer on "
-        f"{report['images']:,} training images, seed {report['seed']}; {kept} of "
-        f"{len(report['layers'])} layers kept their change; on {report['held_out_images']:,} other "
+        f"`{report['checkpoint']}`: {', then '.join(done)}, seed {report['seed']}; on "
+        f"{report['held_out_images']:,} other "
         f"training images the divergence from the quantised ANN before went from "
         f"{held_out['before']['kl']:.3f} to {held_out['after']['kl']:.3f}; {_time(report)}.\n"
     )
@@ -189,13 +259,13 @@ def _conversion(report: dict[str, Any]) -> str:
     return (
         f"`{report['checkpoint']}`: clips by {method} from {images}, seed "
         f"{report['seed']}, {report['weight_bits']}-bit weights, {_retraining(report)}"
-        f"{_compensation(report)}; "
+        f"{_compensated(report)}; "
         f"{checked['integers']:,} integers and {checked['sites']} layers and maps verified; "
         f"{_time(report)}.\n"
     )
 
 
-def _compensation(report: dict[str, Any]) -> str:
+def _compensated(report: dict[str, Any]) -> str:
     """Say what was done against the losses of T steps, or left out."""
     told = "" if report.get("shortcut_normalization", True) else ", shortcuts not normalised"
     compensation = report.get("compensation") or {"kind": "none"}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from snnconv.engine import prepare as prepare
     from snnconv.engine import simulate as simulate
     from snnconv.finetune import FinetuneSettings as FinetuneSettings
-    from snnconv.finetune import finetune_layerwise as finetune_layerwise
+    from snnconv.finetune import tune as tune
     from snnconv.folding import fold as fold
     from snnconv.graph import trace as trace
     from snnconv.load import load_model as load_model
@@ -50,7 +50,7 @@ _PUBLIC = {
     "prepare": "snnconv.engine",
     "simulate": "snnconv.engine",
     "endpoint": "snnconv.engine",
-    "finetune_layerwise": "snnconv.finetune",
+    "tune": "snnconv.finetune",
     "FinetuneSettings": "snnconv.finetune",
     "evaluate": "snnconv.measure",
 }

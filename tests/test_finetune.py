@@ -18,7 +18,9 @@ from snnconv.data.images import ImageData
 from snnconv.engine import counts, endpoint
 from snnconv.engine.reference import Engine as Reference
 from snnconv.errors import DataError, UsageError
-from snnconv.finetune import Course, FinetuneSettings, LayerwiseTuning, Master, divide
+from snnconv.finetune import Course, FinetuneSettings, Finetuning, LayerwiseTuning
+from snnconv.finetune.master import Master
+from snnconv.finetune.settings import divide
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.normalize import count_values
 from snnconv.ops import per_channel
@@ -31,6 +33,14 @@ SHORT = FinetuneSettings(epochs_per_layer=2, batch_size=16, lr=0.3)
 def data(count: int = COUNT) -> ImageData:
     pixels = images(count, 4).numpy()
     return from_arrays("noise", "train", pixels.transpose(0, 2, 3, 1), np.arange(count) % 5)
+
+
+def layerwise(
+    network: SpikingNetwork, settings: FinetuneSettings = SHORT, **options: int
+) -> LayerwiseTuning:
+    tuning = Finetuning(network, data(), settings, **options).layerwise
+    assert tuning is not None
+    return tuning
 
 
 def same(a: Population, b: Population, *, but: tuple[str, ...] = ()) -> bool:
@@ -88,7 +98,7 @@ def test_a_master_computes_what_its_integers_do(name: str) -> None:
         ends[node.name] = engine.end_value(node, ends, pixels)
         if not isinstance(node, Population):
             continue
-        master = Master(node, values, network.weight_bits, bias_only=False)
+        master = Master(node, values, network.weight_bits)
         assert same(master.integers(), node)
         inputs = [
             ends[s.source][0].float()
@@ -106,11 +116,11 @@ def test_a_master_computes_what_its_integers_do(name: str) -> None:
 
 def test_the_gradient_is_that_of_the_distance_at_the_proxy() -> None:
     network = converted("residual").network
-    tuning = LayerwiseTuning(network, data(), SHORT)
+    tuning = layerwise(network)
     position = tuning.positions[0]
     node = network.nodes[position]
     assert isinstance(node, Population)
-    master = Master(node, tuning.values, network.weight_bits, bias_only=False)
+    master = Master(node, tuning.values, network.weight_bits)
     (course, *_) = tuning.learning.at(network.nodes, position)
     distance = tuning._distance(course, node)
     proxy = tuning._proxy(master, course)
@@ -129,7 +139,7 @@ def test_the_gradient_is_that_of_the_distance_at_the_proxy() -> None:
 @pytest.mark.parametrize("name", ["residual", "depthwise", "concat", "pools", "preactivation"])
 def test_only_what_may_move_moves(name: str) -> None:
     network = converted(name).network
-    tuning = LayerwiseTuning(network, data(), SHORT)
+    tuning = layerwise(network)
     done = list(tuning.run())
     tuned = tuning.tuned
     moved = changed(network, tuned)
@@ -150,9 +160,9 @@ def test_biases_alone_may_be_tuned_and_layers_chosen() -> None:
     settings = FinetuneSettings(
         epochs_per_layer=2, batch_size=16, lr=20, bias_only=True, layers=paths[1]
     )
-    tuning = LayerwiseTuning(network, data(), settings)
+    tuning = layerwise(network, settings)
     master = Master(
-        tuning.nodes[tuning.positions[0]], tuning.values, network.weight_bits, bias_only=True
+        tuning.nodes[tuning.positions[0]], tuning.values, network.weight_bits, weights=False
     )
     tuning._learn(tuning.positions[0], 0, master)
     assert same(master.integers(), master.node, but=("bias",))
@@ -163,7 +173,7 @@ def test_biases_alone_may_be_tuned_and_layers_chosen() -> None:
 
 def test_what_does_harm_is_taken_back() -> None:
     network = converted("residual").network
-    tuning = LayerwiseTuning(network, data(), FinetuneSettings(batch_size=16, lr=100))
+    tuning = layerwise(network, FinetuneSettings(batch_size=16, lr=100))
     done = list(tuning.run())
     assert any(not layer.accepted for layer in done)
     for layer in done:
@@ -177,7 +187,7 @@ def test_what_does_harm_is_taken_back() -> None:
 
 
 def test_two_outputs_are_judged_by_the_error() -> None:
-    tuning = LayerwiseTuning(converted("two_outputs").network, data(), SHORT)
+    tuning = layerwise(converted("two_outputs").network)
     for layer in tuning.run():
         assert layer.kl_before is None
         assert layer.accepted == (layer.error_after <= layer.error_before)
@@ -185,7 +195,7 @@ def test_two_outputs_are_judged_by_the_error() -> None:
 
 def test_the_memory_there_is_changes_nothing() -> None:
     network = converted("concat").network
-    whole, none = (LayerwiseTuning(network, data(), SHORT, memory=m) for m in (2**30, 0))
+    whole, none = (layerwise(network, memory=m) for m in (2**30, 0))
     assert list(whole.run()) == list(none.run())
     assert sha256(whole.tuned) == sha256(none.tuned)
     assert whole.learning.kept and not none.learning.kept
@@ -194,14 +204,18 @@ def test_the_memory_there_is_changes_nothing() -> None:
 def test_images_that_were_held_out_of_retraining_teach_nothing() -> None:
     network = converted("residual").network
     network.provenance["retraining"] = {"seed": 3, "held_out_images": 20}
-    settings = FinetuneSettings(held_out=5, images=30)
+    order = np.random.Generator(np.random.PCG64(3)).permutation(100)
     for seed in (0, 1):
-        taught, held_out = divide(network, 100, settings, seed)
-        order = np.random.Generator(np.random.PCG64(3)).permutation(100)
-        assert set(held_out) == set(order[95:]) and len(taught) == 30
-        assert not set(taught) & set(order[80:])
+        pool, held_out = divide(network, 100, 5, seed)
+        assert set(held_out) == set(order[95:]) and set(pool) == set(order[:80])
+    settings = FinetuneSettings(held_out=5, images=30, epochs=1)
+    tuning = Finetuning(network, data(100), settings)
+    assert tuning.layerwise is not None and tuning.end_to_end is not None
+    for part in (tuning.layerwise, tuning.end_to_end):
+        assert len(part.taught) == 30 and not set(part.taught) & set(order[80:])
+    assert set(tuning.held_out) == set(order[95:])
     with pytest.raises(DataError, match="too few"):
-        LayerwiseTuning(network, data(5), settings)
+        Finetuning(network, data(5), settings)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +223,8 @@ def test_images_that_were_held_out_of_retraining_teach_nothing() -> None:
     [
         ({"lr": 0.0}, "lr must be from"),
         ({"layers": 3}, "layers must be str"),
-        ({"epochs_per_layer": 0}, "epochs_per_layer"),
+        ({"epochs_per_layer": -1}, "epochs_per_layer"),
+        ({"epochs_per_layer": 0}, "nothing is tuned"),
     ],
 )
 def test_settings_that_make_no_sense(values: dict, match: str) -> None:
@@ -306,7 +321,8 @@ def test_an_interrupted_tuning_ends_as_one_that_was_not(
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        (["finetune", "--data", "zoo:digits"], 2, "give --layerwise"),
+        (["finetune", "--data", "zoo:digits"], 2, "--layerwise, --end-to-end, or both"),
+        ([*FINETUNE, "--epochs", "2"], 2, "--epochs belongs to --end-to-end"),
         (["finetune", "--layerwise"], 2, "three ways"),
         (
             [*FINETUNE, "--layers", "nothing"],

@@ -131,7 +131,7 @@ def sources() -> list[tuple[str, Path, str]]:
         package = ".".join(["snnconv", *inside.parts[:-1]])
         found.append((inside.parts[0].removesuffix(".py"), path, package))
     for folder in ("cli", "model_zoo"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted((ROOT / folder).glob("*.py")):
             found.append((folder, path, f"snnconv.{folder}"))
     return found
 

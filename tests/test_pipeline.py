@@ -12,8 +12,9 @@ from networks import PREPROCESSING, converted, images
 from timm.layers import AvgPool2dSame, Linear
 from torch import Tensor, nn
 
-from snnconv.engine import endpoint
-from snnconv.errors import NotConvertibleError
+from snnconv.engine import endpoint, simulate
+from snnconv.errors import NotConvertibleError, NotEqualError
+from snnconv.model_zoo.cifar_resnet import CifarResNet
 from snnconv.pipeline import check_equal, convert
 from snnconv.preprocess import Preprocessing
 
@@ -159,3 +160,29 @@ def test_networks_of_timm_and_the_zoo_convert_and_verify(name: str) -> None:
     pixels = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator)
     found, _ = check_equal(convert(model, preprocessing, [pixels], timesteps=3), pixels[:2])
     assert found.equal
+
+
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_152_layers_are_as_exact_as_one(shortcut: str) -> None:
+    torch.manual_seed(0)
+    model = CifarResNet(25, shortcut=shortcut, widths=(4, 6, 8))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.uniform_(module.weight, -0.5, 0.5)
+            nn.init.uniform_(module.bias, -0.3, 0.3)
+    model(PREPROCESSING.normalize(images(64, 3)))
+    conversion = convert(model.eval(), PREPROCESSING, [images(16, 1)], timesteps=5)
+    network = conversion.network
+    assert network.depth == 151
+    assert len(network.populations) == 151
+    found, _ = check_equal(conversion, images(4, 2))
+    assert found.equal
+    end = endpoint(network, images(4, 4), 5)
+    course = simulate(network, images(4, 4), network.timetable())
+    assert all(len(counts.unique()) > 1 for counts in course.counts.values())
+    assert all(torch.equal(course.counts[name], end.counts[name]) for name in end.counts)
+    wrong = network.populations[-1].bias
+    wrong += network.populations[-1].threshold
+    with pytest.raises(NotEqualError):
+        check_equal(conversion, images(4, 2))

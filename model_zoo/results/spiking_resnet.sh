@@ -31,6 +31,7 @@ measure() { # NAME FILE T LIMIT OPTION...: convert and evaluate
 
 ways() { # NAME FILE T LIMIT: every way to convert it
   measure "$1-none" "${@:2}"
+  measure "$1-zero" "${@:2}" --initial-membrane zero
   measure "$1-gain" "${@:2}" --compensation gain
   measure "$1-bias" "${@:2}" --compensation bias
   measure "$1-unnormalized-none" "${@:2}" --no-shortcut-normalization
