@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from snnconv.finetune import EpochResult, Finetuning, LayerResult
 
 HASHED_IMAGES = 1000
-DEFAULT_EPOCHS = 3
+DEFAULT_EPOCHS_PER_LAYER = 3
+DEFAULT_EPOCHS = 1
 
 
 @options.command(
@@ -53,7 +54,7 @@ DEFAULT_EPOCHS = 3
 @click.option(
     "--epochs",
     type=click.IntRange(1, 1000),
-    help="With --end-to-end, passes over the images.  [default: 3]",
+    help="With --end-to-end, passes over the images.  [default: 1]",
 )
 @click.option(
     "--lr",
@@ -138,7 +139,7 @@ def command(
     network = load_network(path)
     chosen: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "images": images}
     settings = FinetuneSettings(
-        epochs_per_layer=(epochs_per_layer or DEFAULT_EPOCHS) if layerwise else 0,
+        epochs_per_layer=(epochs_per_layer or DEFAULT_EPOCHS_PER_LAYER) if layerwise else 0,
         epochs=(epochs or DEFAULT_EPOCHS) if end_to_end else 0,
         layers=layers,
         bias_only=bias_only,

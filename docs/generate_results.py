@@ -157,8 +157,8 @@ SPIKING_RESNET = """## Spiking ResNet
 
 Without training, plain unsigned neurons under the schedule `paper`, clips by the 99.9 percentile of
 1,000 training images: the recipe `spiking_resnet`, with and without shortcut normalisation and
-compensation. A gain belongs to neurons that start at V0 = 0. The QANN is the network's end point, its
-own, so that of the compensated one, which exact schedules would reach.
+compensation. A gain belongs to neurons that start at V0 = 0. The QANN is the network's own end
+point: that of a compensated network is not its ANN's.
 """
 
 
@@ -218,7 +218,7 @@ def _methods(report: dict[str, Any]) -> str:
     commands = []
     for row in report["rows"]:
         path = REPORTS / row["checkpoint"].replace(".snn.safetensors", ".finetune.json")
-        if row["method"] == "fine-tuned, at T":
+        if row["method"].startswith("fine-tuned"):
             tuned = json.loads(path.read_text(encoding="utf-8"))
             parts.append(_tuning(tuned))
             commands.append(tuned["command"])

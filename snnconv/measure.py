@@ -45,7 +45,11 @@ METHODS = (
     ("signed, stagger", "signed", "stagger"),
     ("unsigned, wait", "unsigned", "wait"),
 )
-TUNED = "fine-tuned, at T"
+TUNED = {
+    (True, False): "fine-tuned by layers, at T",
+    (False, True): "fine-tuned end to end, at T",
+    (True, True): "fine-tuned both ways, at T",
+}
 # What a row of a comparison has.
 COMPARED = (
     "method",
@@ -317,7 +321,7 @@ def compare(
     for name in order:
         network = networks[name]
         tuning = network.provenance.get("finetuning")
-        methods = METHODS if tuning is None else ((TUNED, network.neuron, network.schedule),)
+        methods = METHODS if tuning is None else (_tuned(network),)
         for number, (method, neuron, schedule) in enumerate(methods):
             way = replace(network, neuron=neuron)
             found = evaluate(
@@ -347,6 +351,13 @@ def compare(
                     row["recovered_percent"] = 100 * gained / (quantised - at_t)
             rows.append(row)
     return rows
+
+
+def _tuned(network: SpikingNetwork) -> tuple[str, str, str]:
+    """Return how a fine-tuned network is run, as `METHODS` say it."""
+    how = network.provenance["finetuning"]["settings"]
+    method = TUNED[how.get("epochs_per_layer", 0) > 0, how.get("epochs", 0) > 0]
+    return method, network.neuron, network.schedule
 
 
 def _compared(found: dict[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from snnconv.measure import (
     COMPARED,
     COURSE,
     METHODS,
-    TUNED,
     compare,
     evaluate,
     top1_percents,
@@ -175,11 +174,9 @@ def test_what_does_not_fit_is_refused() -> None:
 
 def test_a_comparison_has_what_single_evaluations_have() -> None:
     network = converted("residual", timesteps=2).network
-    tuned = replace(
-        network,
-        schedule="paper",
-        provenance={**network.provenance, "finetuning": {"parent_sha256": sha256(network)}},
-    )
+    tuning = {"parent_sha256": sha256(network), "settings": {"epochs_per_layer": 3, "epochs": 0}}
+    told = {**network.provenance, "finetuning": tuning}
+    tuned = replace(network, schedule="paper", provenance=told)
     ends = endpoint(network, images(COUNT, 4), 2)
     labels = ends.charges["logits"].argmax(1).numpy()  # the quantised ANN is always right
     rows = compare({"tuned": tuned, "plain": network}, data(labels), np.arange(COUNT))
@@ -187,7 +184,7 @@ def test_a_comparison_has_what_single_evaluations_have() -> None:
         ("plain", "quantised ANN"),
         *(("plain", method) for method, _, _ in METHODS),
         ("tuned", "quantised ANN"),
-        ("tuned", TUNED),
+        ("tuned", "fine-tuned by layers, at T"),
     ]
     assert all(set(row) == set(COMPARED) for row in rows)
     by_method = {row["method"]: row for row in rows if row["checkpoint"] == "plain"}

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the reports of fine-tuned networks in this folder: the retrained checkpoints of the zoo, tuned
-# layer by layer with three seeds, and compared with their parents in every way on all 10,000 test
-# images.
+# layer by layer, and then end to end as well, with three seeds, and compared with their parents in
+# every way on all 10,000 test images.
 #
 #   model_zoo/results/finetuned.sh DATA [PATTERN]
 #
@@ -15,19 +15,21 @@ work=../../runs/results
 cd "$here"
 mkdir -p "$work"
 
-tune() { # NAME DATA_SET OPTION...
+tune() { # NAME DATA_SET
   [[ $1 =~ $pattern ]] || return 0
   local name=$1 set=$2 parent=../checkpoints/$1.snn.safetensors
-  shift 2
   local all=("$parent")
-  for seed in 0 1 2; do
-    local stem=$name.tuned-seed$seed resume=
-    [[ ! -e $work/$stem.finetune.part ]] || resume=--resume
-    [[ -e $work/$stem.snn.safetensors ]] ||
-      snnconv finetune "$parent" --layerwise --data "$data/$set" --seed $seed "$@" \
-        -o "$work/$stem.snn.safetensors" $resume --quiet
-    cp "$work/$stem.finetune.json" .
-    all+=("$work/$stem.snn.safetensors")
+  for way in layerwise both; do
+    for seed in 0 1 2; do
+      local stem=$name.$way-seed$seed options=(--layerwise)
+      [[ $way == layerwise ]] || options+=(--end-to-end)
+      [[ ! -e $work/$stem.finetune.part ]] || options+=(--resume)
+      [[ -e $work/$stem.snn.safetensors ]] ||
+        snnconv finetune "$parent" "${options[@]}" --data "$data/$set" --seed $seed \
+          -o "$work/$stem.snn.safetensors" --quiet
+      cp "$work/$stem.finetune.json" .
+      all+=("$work/$stem.snn.safetensors")
+    done
   done
   [[ -e $name.baselines.json ]] ||
     snnconv eval "${all[@]}" --data "$data/$set" --baselines -o "$name.baselines.json" --quiet
