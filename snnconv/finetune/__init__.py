@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from snnconv.data import ImageData, choose_indices
+from snnconv.engine import counts
 from snnconv.errors import DataError
 from snnconv.finetune.agreement import Agreement, divergence
-from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course
+from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course, Courses
 from snnconv.finetune.end_to_end import EndToEndTuning, EpochResult
 from snnconv.finetune.layerwise import LayerResult, LayerwiseTuning
 from snnconv.finetune.settings import LAYER_IMAGES, FinetuneSettings, divide
@@ -68,9 +69,9 @@ class Finetuning:
             )
             self.taught, self.agreement = taught, self.layerwise.agreement
         else:
-            self.agreement = Agreement(
-                network, lambda: _pixels(network, data, self.held_out), device
-            )
+            engine = counts.Engine(network, network.timesteps, device)
+            judging = Courses(engine, data, self.held_out, settings.batch_size, seed=seed)
+            self.agreement = Agreement(network, judging.pixels, device)
         if settings.epochs:
             self.taught = pool[choose_indices(len(pool), settings.images, seed)]
             self.end_to_end = EndToEndTuning(
@@ -145,8 +146,3 @@ def tune(
     for _ in tuning.run():
         pass
     return tuning.tuned
-
-
-def _pixels(network: SpikingNetwork, data: ImageData, indices: Any) -> Iterator[Any]:
-    for pixels, _ in data.batches(network.preprocessing, indices):
-        yield pixels

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snnconv.data import ImageData
+from snnconv.data.augment import Augmentation, training_batches
 from snnconv.engine import counts
 from snnconv.network import Readout
 
@@ -74,7 +75,10 @@ class Course:
 
 
 class Courses:
-    """Batches of images; as many as fit into the memory stay where they have come to."""
+    """Batches of images; as many as fit into the memory stay where they have come to.
+
+    Images are augmented, each one always alike: a pretrained network knows them as they are.
+    """
 
     def __init__(
         self,
@@ -82,10 +86,12 @@ class Courses:
         data: ImageData,
         indices: np.ndarray,
         batch: int,
+        *,
+        seed: int = 0,
         memory: int = CACHE_BYTES,
     ) -> None:
         """Divide the images at `indices` into batches."""
-        self.engine, self.data, self.memory = engine, data, memory
+        self.engine, self.data, self.seed, self.memory = engine, data, seed, memory
         self.parts = [indices[k : k + batch] for k in range(0, len(indices), batch)]
         self.kept: dict[int, Course] = {}
         self.sizes: dict[int, int] = {}
@@ -111,13 +117,15 @@ class Courses:
 
     def _begin(self, number: int) -> Course | None:
         """Read a batch; None if none of its images can be read."""
-        preprocessing = self.engine.network.preprocessing
-        indices = self.parts[number]
-        for pixels, _ in self.data.batches(
-            preprocessing, indices, len(indices), asked=len(self.data)
-        ):
-            return Course(self.engine, pixels.to(self.engine.device))
-        return None
+        ((pixels, _),) = training_batches(
+            self.data,
+            self.engine.network.preprocessing,
+            Augmentation(),
+            [self.parts[number]],
+            seed=self.seed,
+            epoch=0,
+        )
+        return Course(self.engine, pixels.to(self.engine.device)) if len(pixels) else None
 
     def _keep(self, number: int, course: Course) -> None:
         self.sizes.pop(number, None)

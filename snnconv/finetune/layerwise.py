@@ -82,8 +82,10 @@ class LayerwiseTuning:
         batch = settings.batch_size
         # Both share the memory as they share the images.
         share = len(held_out) / (len(taught) + len(held_out))
-        self.learning = Courses(engine, data, taught, batch, int(memory * (1 - share)))
-        self.judging = Courses(engine, data, held_out, batch, int(memory * share))
+        self.learning, self.judging = (
+            Courses(engine, data, indices, batch, seed=seed, memory=int(memory * part))
+            for indices, part in ((taught, 1 - share), (held_out, share))
+        )
         self.agreement = Agreement(network, self.judging.pixels, device)
         self.nodes: list[Any] = list(network.nodes)
         self.done: list[LayerResult] = []
