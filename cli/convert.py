@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from snnconv.errors import UsageError
 from snnconv.progress import silent
@@ -176,15 +177,15 @@ def command(
         calibration = "mse" if data else "bn"
     if calibration != "bn":
         options.require_data(data)
-    if percentile is not None and calibration != "percentile":
+    if calibration != "percentile" and _given("percentile"):
         raise UsageError(f"--percentile belongs to --calibration percentile, not {calibration}")
-    if initial_membrane is None:
-        initial_membrane = "zero" if compensation == "gain" else "half"
-    elif compensation == "gain" and initial_membrane == "half":
+    if compensation == "gain" and initial_membrane == "half" and _given("initial_membrane"):
         raise UsageError(
             "--compensation gain belongs with --initial-membrane zero: with half a threshold the "
             "neurons would fire too much"
         )
+    if initial_membrane is None or compensation == "gain":
+        initial_membrane = "zero" if compensation == "gain" else "half"
     from snnconv import report
     from snnconv.schedule import Schedule
 
@@ -361,6 +362,12 @@ def command(
     for images_of in (train, test):
         if images_of is not None:
             options.note_unreadable(images_of.unreadable, quiet)
+
+
+def _given(name: str) -> bool:
+    """Return whether the command line has an option, not a recipe or snnconv.toml."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is ParameterSource.COMMANDLINE
 
 
 def _open_splits(

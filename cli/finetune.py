@@ -15,10 +15,10 @@ from snnconv.errors import UsageError, first_line
 from . import console, options
 
 if TYPE_CHECKING:
+    from snnconv.data import ImageData
     from snnconv.finetune import EpochResult, Finetuning, LayerResult
 
 HASHED_IMAGES = 1000
-DEFAULT_EPOCHS_PER_LAYER = 3
 DEFAULT_EPOCHS = 1
 
 
@@ -138,8 +138,9 @@ def command(
 
     network = load_network(path)
     chosen: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "images": images}
+    per_layer = epochs_per_layer or FinetuneSettings.epochs_per_layer
     settings = FinetuneSettings(
-        epochs_per_layer=(epochs_per_layer or DEFAULT_EPOCHS_PER_LAYER) if layerwise else 0,
+        epochs_per_layer=per_layer if layerwise else 0,
         epochs=(epochs or DEFAULT_EPOCHS) if end_to_end else 0,
         layers=layers,
         bias_only=bias_only,
@@ -149,6 +150,7 @@ def command(
     calibrated_on = network.provenance.get("calibration", {}).get("on")
     train = open_held_out(where, "train", calibrated_on)
     if train.note:
+        _refuse_to_learn_the_test(train, open_held_out(where, "test", calibrated_on))
         console.note(train.note, quiet)
     with console.progress(quiet) as progress:
         tuning = Finetuning(network, train, settings, seed=seed, device=place, progress=progress)
@@ -158,9 +160,12 @@ def command(
             "settings": asdict(settings),
             "seed": seed,
             "data_sha256": train.sha256(tuning.taught[:HASHED_IMAGES]),
+            "augmentation": tuning.described()["augmentation"],
         }
         if resume:
             _resume(tuning, state, identity)
+        else:
+            state.unlink(missing_ok=True)  # of another run, which --force gives up
         before = tuning.agreement(network)
         try:
             for result in tuning.run():
@@ -195,6 +200,16 @@ def command(
     else:
         _print(contents, target, report_path)
     options.note_unreadable(train.unreadable, quiet)
+
+
+def _refuse_to_learn_the_test(train: ImageData, test: ImageData) -> None:
+    """Raise UsageError if data in one part are the same images for both."""
+    some = range(min(len(train), HASHED_IMAGES))
+    if len(train) == len(test) and train.sha256(some) == test.sha256(some):
+        raise UsageError(
+            f"{train.name}: {train.note}; a network tuned on images that are measured later would "
+            "be flattered: give data with a training and a test part"
+        )
 
 
 def _save(tuning: Finetuning, state: Path, identity: dict[str, Any]) -> None:

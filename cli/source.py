@@ -197,8 +197,8 @@ _OPTIONS = (
         metavar="NAME|FILE",
         callback=_with_recipe,
         is_eager=True,
-        help="What the file does not say, architecture, arguments, preprocessing, and how to "
-        "convert it (docs/data.md).",
+        help="What the file does not say: architecture, preprocessing, how to convert it "
+        "(docs/data.md).",
     ),
     click.option(
         "--image-size",

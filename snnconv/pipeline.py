@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,8 @@ def convert(
     provenance = {**settings.pop("provenance", {}), "plan": plan.to_dict(), "retraining": None}
     if retrain is not None:
         provenance["retraining"] = retrain(traced, plan, qann)
+        for readout in qann.readouts():
+            readout.clip.fill_(math.nan)  # that of the outputs before
     settings["provenance"] = provenance
     network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
     changed = network

@@ -80,13 +80,18 @@ def test_a_recipe_says_how_to_convert_and_options_override_it(
     assert (found["neuron"], found["schedule"], found["timesteps"]) == ("unsigned", "wait", 20)
     assert found["calibration"]["method"] == "percentile"
     assert found["calibration"]["percentile"] == 99.9 and found["retraining"] is None
-    Path("mine.toml").write_text('[convert]\nneuron = "unsigned"\npercentile = 90.5\n')
+    Path("mine.toml").write_text(
+        '[convert]\nneuron = "unsigned"\npercentile = 90.5\ninitial_membrane = "half"\n'
+    )
     Path("snnconv.toml").write_text('[convert]\nneuron = "signed"\nepochs = 0\n')
     command += ["--recipe", "mine.toml", "--force"]
     assert run([*command, "--calibration", "percentile"]) == 0
     found = output(capsys)
     assert (found["neuron"], found["calibration"]["percentile"]) == ("signed", 90.5)
-    assert run(command) == 2
+    assert run([*command, "--compensation", "gain"]) == 0
+    found = output(capsys)
+    assert (found["calibration"]["method"], found["initial_membrane"]) == ("mse", "zero")
+    assert run([*command, "--percentile", "99"]) == 2
     assert "--percentile belongs to --calibration percentile, not mse" in capsys.readouterr().err
     Path("snnconv.toml").unlink()
     Path("mine.toml").write_text('[convert]\nneuron = "sined"\n')

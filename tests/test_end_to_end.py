@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +126,20 @@ def test_it_begins_where_the_layers_ended() -> None:
 def test_other_networks_are_refused() -> None:
     with pytest.raises(UsageError, match="no classifier; tune it layer by layer"):
         end_to_end(converted("two_outputs").network)
+
+
+def test_what_it_learns_is_kept(
+    folder: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["finetune", "--end-to-end", "--data", "zoo:digits", "--epochs", "3", "--lr", "0.3"]
+    assert run([*command, "--json", "-q"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    before, *after = (epoch["kl"] for epoch in found["epochs"])
+    assert min(after) < 0.8 * before and found["layers"] == []
+    parent, tuned = (load_network(Path(f"digits{x}.snn.safetensors")) for x in ("", ".tuned"))
+    assert changed(parent, tuned) == set(tunable(parent))
+    assert found["held_out"]["after"]["kl"] == min(after)
 
 
 @pytest.mark.parametrize("stage", ["layers", "epochs"])

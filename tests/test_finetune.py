@@ -14,11 +14,13 @@ from torch import Tensor
 from snnconv.checkpoint import load_network, sha256
 from snnconv.cli.main import run
 from snnconv.data.arrays import from_arrays
+from snnconv.data.augment import Augmentation, training_batches
 from snnconv.data.images import ImageData
 from snnconv.engine import counts, endpoint
 from snnconv.engine.reference import Engine as Reference
 from snnconv.errors import DataError, UsageError
 from snnconv.finetune import Course, FinetuneSettings, Finetuning, LayerwiseTuning
+from snnconv.finetune.images import Images
 from snnconv.finetune.master import Master
 from snnconv.finetune.settings import divide
 from snnconv.network import Population, Readout, SpikingNetwork
@@ -120,7 +122,7 @@ def test_the_gradient_is_that_of_the_distance_at_the_proxy() -> None:
     position = tuning.positions[0]
     node = network.nodes[position]
     assert isinstance(node, Population)
-    master = Master(node, tuning.values, network.weight_bits)
+    master = Master(node, tuning.means.values, network.weight_bits)
     (course, *_) = tuning.learning.at(network.nodes, position)
     distance = tuning._distance(course, node)
     proxy = tuning._proxy(master, course)
@@ -162,7 +164,7 @@ def test_biases_alone_may_be_tuned_and_layers_chosen() -> None:
     )
     tuning = layerwise(network, settings)
     master = Master(
-        tuning.nodes[tuning.positions[0]], tuning.values, network.weight_bits, weights=False
+        tuning.nodes[tuning.positions[0]], tuning.means.values, network.weight_bits, weights=False
     )
     tuning._learn(tuning.positions[0], 0, master)
     assert same(master.integers(), master.node, but=("bias",))
@@ -186,6 +188,36 @@ def test_what_does_harm_is_taken_back() -> None:
     assert agreement["kl"] == (last.kl_after if last.accepted else last.kl_before)
 
 
+def test_images_are_augmented_as_in_retraining_but_not_alike() -> None:
+    network = converted("residual").network
+    indices, plain = np.arange(20), images(20, 4)
+    whole = Images(network, data(), seed=0)
+    (first,), (again,) = whole.batches([indices]), whole.batches([indices])
+    (later,) = whole.batches([indices], epoch=1)
+    (other,) = Images(network, data(), seed=1).batches([indices])
+    assert torch.equal(first, again)
+    for pixels in (plain, later, other):
+        assert first.shape == pixels.shape and not torch.equal(first, pixels)
+    settings = {"augmentation": {"crop": "none", "flip": 1.0}}
+    network.provenance["retraining"] = {"settings": settings, "seed": 0}
+    (flipped,) = Images(network, data(), seed=0).batches([indices])
+    assert torch.equal(flipped, plain.flip(3))
+    network.provenance["retraining"] = None
+    trained = training_batches(
+        data(), network.preprocessing, Augmentation(), [indices], seed=0, epoch=0
+    )
+    assert not torch.equal(next(trained)[0], first)
+
+
+def test_a_second_tuning_is_judged_by_the_same_images() -> None:
+    network = converted("residual").network
+    first = Finetuning(network, data(100), SHORT, seed=3)
+    tuned = first.tuned
+    second = Finetuning(tuned, data(100), SHORT, seed=4)
+    assert np.array_equal(first.held_out, second.held_out)
+    assert not set(second.taught) & set(first.held_out)
+
+
 def test_two_outputs_are_judged_by_the_error() -> None:
     tuning = layerwise(converted("two_outputs").network)
     for layer in tuning.run():
@@ -196,9 +228,11 @@ def test_two_outputs_are_judged_by_the_error() -> None:
 def test_the_memory_there_is_changes_nothing() -> None:
     network = converted("concat").network
     whole, none = (layerwise(network, memory=m) for m in (2**30, 0))
-    assert list(whole.run()) == list(none.run())
-    assert sha256(whole.tuned) == sha256(none.tuned)
+    next(whole.run()), next(none.run())
     assert whole.learning.kept and not none.learning.kept
+    assert list(whole.run()) == list(none.run())
+    assert whole.done == none.done and sha256(whole.tuned) == sha256(none.tuned)
+    assert not whole.learning.kept
 
 
 def test_images_that_were_held_out_of_retraining_teach_nothing() -> None:
@@ -331,6 +365,7 @@ def test_an_interrupted_tuning_ends_as_one_that_was_not(
         ),
         (["eval", "a", "b", "--data", "zoo:digits"], 2, "compared with --baselines"),
         (["eval", "--baselines", "--drain", "3"], 2, "--drain would do nothing"),
+        (["finetune", "--layerwise", "--data", "one.npz"], 2, "would be flattered"),
         ([*FINETUNE, "-o", "x.pt"], 2, "is named *.snn.safetensors"),
         ([*FINETUNE, "missing.snn.safetensors"], 1, "no such file"),
     ],
@@ -344,6 +379,8 @@ def test_refusals(
     says: str,
 ) -> None:
     monkeypatch.delenv("SNNCONV_DATA", raising=False)
+    grey = np.zeros((40, 8, 8), np.uint8)
+    np.savez("one.npz", images=grey, labels=np.arange(40) % 10)
     found = run(arguments)
     err = capsys.readouterr().err
     assert says in err and "Traceback" not in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import graphlib
 import subprocess
 import sys
@@ -121,6 +122,16 @@ def problems(module: str, source: str, package: str) -> list[str]:
     return found
 
 
+def test_the_package_is_whole() -> None:
+    """Every folder with code is named in setup.cfg, or an installed package would lack it."""
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / "setup.cfg")
+    named = set(settings["options"]["packages"].split())
+    folders = (p.parent for p in (ROOT / "snnconv").rglob("__init__.py"))
+    found = {".".join(f.relative_to(ROOT).parts) for f in folders}
+    assert named == found | {"snnconv.cli", "snnconv.model_zoo"}
+
+
 def sources() -> list[tuple[str, Path, str]]:
     """List every file of the package as (module, path, package it lies in)."""
     found = []
@@ -131,7 +142,9 @@ def sources() -> list[tuple[str, Path, str]]:
         package = ".".join(["snnconv", *inside.parts[:-1]])
         found.append((inside.parts[0].removesuffix(".py"), path, package))
     for folder in ("cli", "model_zoo"):
-        for path in sorted((ROOT / folder).glob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.parent.name == "results":
+                continue  # scripts that use the package, no part of it
             found.append((folder, path, f"snnconv.{folder}"))
     return found
 

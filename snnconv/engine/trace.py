@@ -63,10 +63,11 @@ class Trace:
         """Return spike counts and membranes of neurons in place of a readout, after every step.
 
         Both are int64 `[steps, N, ...]`. Spiking ResNet (arXiv 1805.01352) decides by the counts;
-        where they are equal, the membranes tell. None if the readout has no threshold.
+        where they are equal, the membranes tell. None if the readout has no threshold, and under
+        other schedules than `paper`: these neurons would settle long after the others.
         """
         (readout,) = (r for r in network.readouts if r.name == name)
-        if readout.threshold is None:
+        if readout.threshold is None or self.schedule.name != "paper":
             return None
         charges = self.charges[name]
         threshold = torch.tensor(readout.threshold, device=charges.device)

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
+import numpy as np
+
 from snnconv.data import ImageData, choose_indices
-from snnconv.engine import counts
 from snnconv.errors import DataError
 from snnconv.finetune.agreement import Agreement, divergence
-from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course, Courses
+from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course
 from snnconv.finetune.end_to_end import EndToEndTuning, EpochResult
+from snnconv.finetune.images import Images
 from snnconv.finetune.layerwise import LayerResult, LayerwiseTuning
 from snnconv.finetune.settings import LAYER_IMAGES, FinetuneSettings, divide
 from snnconv.network import SpikingNetwork
@@ -58,24 +60,26 @@ class Finetuning:
         pool, self.held_out = divide(network, len(data), settings.held_out, seed)
         if not len(self.held_out):
             raise DataError(f"{data.name}: {len(data)} training images are too few to tune on")
-        how: dict[str, Any] = {"seed": seed, "device": device, "progress": progress}
+        images = Images(network, data, seed, device)
+        self.augmentation = images.augmentation
+        self.agreement = Agreement(images, self.held_out, settings.batch_size)
         self.layerwise: LayerwiseTuning | None = None
         self.end_to_end: EndToEndTuning | None = None
         if settings.epochs_per_layer:
-            count = settings.images or LAYER_IMAGES
-            taught = pool[choose_indices(len(pool), count, seed)]
+            self.taught = _drawn(pool, settings.images or LAYER_IMAGES, seed)
             self.layerwise = LayerwiseTuning(
-                network, data, settings, taught, self.held_out, memory=memory, **how
+                images,
+                settings,
+                self.taught,
+                self.held_out,
+                self.agreement,
+                memory=memory,
+                progress=progress,
             )
-            self.taught, self.agreement = taught, self.layerwise.agreement
-        else:
-            engine = counts.Engine(network, network.timesteps, device)
-            judging = Courses(engine, data, self.held_out, settings.batch_size, seed=seed)
-            self.agreement = Agreement(network, judging.pixels, device)
         if settings.epochs:
-            self.taught = pool[choose_indices(len(pool), settings.images, seed)]
+            self.taught = _drawn(pool, settings.images, seed)
             self.end_to_end = EndToEndTuning(
-                network, data, settings, self.taught, self.agreement, **how
+                images, settings, self.taught, self.agreement, progress=progress
             )
 
     def run(self) -> Iterator[LayerResult | EpochResult]:
@@ -110,6 +114,7 @@ class Finetuning:
                 "together": 0 if self.end_to_end is None else len(self.end_to_end.taught),
             },
             "held_out_images": len(self.held_out),
+            "augmentation": self.augmentation and asdict(self.augmentation),
             "layers": [asdict(layer) for layer in layers],
             "epochs": [asdict(epoch) for epoch in epochs],
         }
@@ -146,3 +151,8 @@ def tune(
     for _ in tuning.run():
         pass
     return tuning.tuned
+
+
+def _drawn(pool: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """Draw so many of the images that may teach, or take all."""
+    return pool[choose_indices(len(pool), count, seed)]

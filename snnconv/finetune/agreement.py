@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from snnconv.engine import prepare
-from snnconv.finetune.course import SCHEDULE
+from snnconv.finetune.course import SCHEDULE, divided
+from snnconv.finetune.images import Images
 from snnconv.network import SpikingNetwork
 
 
@@ -25,14 +25,10 @@ def divergence(logits: Tensor, wanted: Tensor) -> float:
 class Agreement:
     """Compares networks at T with the quantised ANN of one before it was tuned."""
 
-    def __init__(
-        self,
-        network: SpikingNetwork,
-        pixels: Callable[[], Iterable[Tensor]],
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """Take the network and batches of images uint8 `[N, C, H, W]`, read when first needed."""
-        self.network, self.pixels, self.device = network, pixels, torch.device(device).type
+    def __init__(self, images: Images, indices: np.ndarray, batch: int) -> None:
+        """Take images of the network before; they are read when first needed."""
+        self.network, self.device = images.network, torch.device(images.device).type
+        self.images, self.parts = images, divided(indices, batch)
         self.wanted: list[tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, network: SpikingNetwork) -> dict[str, float] | None:
@@ -48,7 +44,8 @@ class Agreement:
             before = prepare(self.network, timesteps, device=self.device)
             self.wanted = [
                 (pixels, before.endpoint(pixels).logits(self.network, readout.name).flatten(1))
-                for pixels in self.pixels()
+                for pixels in self.images.batches(self.parts)
+                if len(pixels)
             ]
         runner = prepare(network, timesteps, device=self.device)
         schedule = network.timetable(name=SCHEDULE)

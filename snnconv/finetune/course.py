@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snnconv.data import ImageData
-from snnconv.data.augment import Augmentation, training_batches
 from snnconv.engine import counts
+from snnconv.finetune.images import Images
 from snnconv.network import Readout
 
 SCHEDULE = "paper"
@@ -39,6 +38,7 @@ class Course:
     def bytes(self) -> int:
         """How much memory the batch takes."""
         tensors = [self.pixels, *self.values.values(), *self.ends.values()]
+        tensors += [] if self.target is None else [self.target]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def advance(self, nodes: Sequence[Any], position: int) -> None:
@@ -75,24 +75,19 @@ class Course:
 
 
 class Courses:
-    """Batches of images; as many as fit into the memory stay where they have come to.
-
-    Images are augmented, each one always alike: a pretrained network knows them as they are.
-    """
+    """Batches of images; as many as fit into the memory stay where they have come to."""
 
     def __init__(
         self,
         engine: counts.Engine,
-        data: ImageData,
+        images: Images,
         indices: np.ndarray,
         batch: int,
-        *,
-        seed: int = 0,
         memory: int = CACHE_BYTES,
     ) -> None:
         """Divide the images at `indices` into batches."""
-        self.engine, self.data, self.seed, self.memory = engine, data, seed, memory
-        self.parts = [indices[k : k + batch] for k in range(0, len(indices), batch)]
+        self.engine, self.images, self.memory = engine, images, memory
+        self.parts = divided(indices, batch)
         self.kept: dict[int, Course] = {}
         self.sizes: dict[int, int] = {}
 
@@ -101,34 +96,28 @@ class Courses:
     ) -> Iterator[Course]:
         """Yield the batches, in an order, at a population of the network tuned as far as that."""
         for number in range(len(self.parts)) if order is None else order:
-            course = self.kept.get(number) or self._begin(number)
+            course = self.kept.get(number)
             if course is None:
-                continue
+                (pixels,) = self.images.batches([self.parts[number]])
+                if not len(pixels):
+                    continue
+                course = Course(self.engine, pixels)
             course.advance(nodes, position)
             self._keep(number, course)
             yield course
 
-    def pixels(self) -> Iterator[Tensor]:
-        """Yield the images of all batches."""
-        for number in range(len(self.parts)):
-            course = self.kept.get(number) or self._begin(number)
-            if course is not None:
-                yield course.pixels
-
-    def _begin(self, number: int) -> Course | None:
-        """Read a batch; None if none of its images can be read."""
-        ((pixels, _),) = training_batches(
-            self.data,
-            self.engine.network.preprocessing,
-            Augmentation(),
-            [self.parts[number]],
-            seed=self.seed,
-            epoch=0,
-        )
-        return Course(self.engine, pixels.to(self.engine.device)) if len(pixels) else None
+    def forget(self) -> None:
+        """Free the memory."""
+        self.kept.clear()
+        self.sizes.clear()
 
     def _keep(self, number: int, course: Course) -> None:
         self.sizes.pop(number, None)
         self.kept.pop(number, None)
         if sum(self.sizes.values()) + course.bytes <= self.memory:
             self.sizes[number], self.kept[number] = course.bytes, course
+
+
+def divided(indices: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Divide indices into batches."""
+    return [indices[k : k + batch] for k in range(0, len(indices), batch)]

@@ -19,21 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snnconv.data import ImageData
-from snnconv.data.augment import Augmentation, training_batches
 from snnconv.engine import counts, prepare
 from snnconv.engine.linear import exact_arithmetic
 from snnconv.errors import UsageError
 from snnconv.finetune.agreement import Agreement
-from snnconv.finetune.course import SCHEDULE
-from snnconv.finetune.master import Master, learnt, moved, with_learnt
+from snnconv.finetune.course import SCHEDULE, divided
+from snnconv.finetune.images import Images
+from snnconv.finetune.master import Master, Means, learnt, moved, with_learnt
 from snnconv.finetune.settings import FinetuneSettings, tunable
 from snnconv.network import Image, Population, Readout, SpikingNetwork
-from snnconv.normalize import count_values
-from snnconv.ops import per_channel
 from snnconv.plan import Relay
 from snnconv.progress import Progress, silent
-from snnconv.quant import FakeQuantize, relay
+from snnconv.quant import relay
 
 
 @dataclass(frozen=True)
@@ -51,36 +48,31 @@ class EndToEndTuning:
 
     def __init__(
         self,
-        network: SpikingNetwork,
-        data: ImageData,
+        images: Images,
         settings: FinetuneSettings,
         taught: np.ndarray,
         agreement: Agreement,
         *,
-        seed: int = 0,
-        device: str = "cpu",
         progress: Progress = silent,
     ) -> None:
         """Choose layers. `taught` are indices of the images to learn from.
 
-        `network` is the one whose quantised ANN teaches. Raises UsageError if it is no classifier.
+        The quantised ANN of the images' network teaches. Raises UsageError if it is no classifier.
         """
+        network = images.network
         if network.logits is None:
             raise UsageError(
                 "all layers together learn from class probabilities, and the network is no "
                 "classifier; tune it layer by layer"
             )
-        self.network, self.data, self.settings, self.taught = network, data, settings, taught
-        self.agreement, self.seed, self.progress = agreement, seed, progress
+        self.network, self.images, self.settings, self.taught = network, images, settings, taught
+        self.agreement, self.progress = agreement, progress
         self.readout = network.logits
         self.positions = tunable(network, settings.layers)
-        self.engine = counts.Engine(network, network.timesteps, device)
-        self.teacher = prepare(network, network.timesteps, device=device)
-        self.values = {
-            name: value.to(device)
-            for name, (value, _) in count_values(network.nodes, network.preprocessing).items()
-        }
-        self.steps = -(-len(taught) // settings.batch_size)
+        self.engine = counts.Engine(network, network.timesteps, images.device)
+        self.teacher = prepare(network, network.timesteps, device=self.engine.device.type)
+        self.means = Means(network, images.device)
+        self.steps = len(divided(taught, settings.batch_size))
         self.done: list[EpochResult] = []
         self.begin(network)
 
@@ -93,7 +85,7 @@ class EndToEndTuning:
                 learns = position in self.positions
                 self.masters[str(position)] = Master(
                     moved(node, self.engine.device),
-                    self.values,
+                    self.means.values,
                     network.weight_bits,
                     weights=learns and not self.settings.bias_only,
                     bias=learns,
@@ -125,7 +117,10 @@ class EndToEndTuning:
     def run(self) -> Iterator[EpochResult]:
         """Tune through the epochs that are left; yield each, the state before them first."""
         for epoch in range(len(self.done), self.settings.epochs + 1):
-            loss = self._epoch(epoch) if epoch else None
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
+                loss = self._epoch(epoch) if epoch else None
             nodes = self._integers()
             found = self.agreement(replace(self.network, nodes=tuple(nodes)))
             assert found is not None
@@ -145,23 +140,15 @@ class EndToEndTuning:
 
     def _epoch(self, epoch: int) -> float:
         """Learn from every image once, augmented; return the mean loss."""
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order, size = generator.permutation(self.taught), self.settings.batch_size
-        batches = training_batches(
-            self.data,
-            self.network.preprocessing,
-            Augmentation(),
-            [order[k * size : (k + 1) * size] for k in range(self.steps)],
-            seed=self.seed,
-            epoch=epoch,
-        )
+        generator = np.random.Generator(np.random.PCG64([self.images.seed, epoch]))
+        parts = divided(generator.permutation(self.taught), self.settings.batch_size)
         total, every = 0.0, self.settings.epochs * self.steps
-        for step, (pixels, _) in enumerate(batches):
+        for step, pixels in enumerate(self.images.batches(parts, epoch)):
             done = (epoch - 1) * self.steps + step
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.lr * (1 + math.cos(math.pi * done / every)) / 2
             if len(pixels):
-                total += self._step(pixels.to(self.engine.device))
+                total += self._step(pixels)
             self.progress(
                 "fine-tune",
                 done + 1,
@@ -200,7 +187,7 @@ class EndToEndTuning:
                     found = charge.float() * (layer.unit / timesteps)
                 else:
                     counted[node.name] = simulation.value(layer, counted, steps, fired)
-                    found = self._mean(node.name, counted[node.name][-1])
+                    found = self.means(node.name, counted[node.name][-1])
             if not isinstance(node, Image):
                 # In the forward pass what fired, in the backward pass what the quantised ANN does.
                 proxy = self._proxy(position, node, means)
@@ -213,20 +200,11 @@ class EndToEndTuning:
                 means.pop(name, None)
         raise AssertionError("the network has no readout")
 
-    def _mean(self, name: str, counted: Tensor) -> Tensor:
-        """Return the mean spike values of counts at T, or what an image is worth."""
-        mean = counted.float() * per_channel(self.values[name].float(), counted.ndim)
-        return mean if name in self.engine.images else mean / self.network.timesteps
-
     def _proxy(self, position: int, node: Any, means: dict[str, Tensor]) -> Tensor:
         if isinstance(node, Relay):
             return relay(node, [means[name] for name in node.inputs], averaged=True)
-        master = self._master(position)
-        current: Tensor = master([means[synapse.source] for synapse in node.branches])
-        if isinstance(node, Readout):
-            return current
-        clip, offset = master.node.clip.float(), self.network.rounding_offset
-        quantised: Tensor = FakeQuantize.apply(
-            current, clip, self.network.timesteps, node.two_sided, offset
+        inputs = [means[synapse.source] for synapse in node.branches]
+        proxy: Tensor = self._master(position).quantised(
+            inputs, self.network.timesteps, self.network.rounding_offset
         )
-        return quantised
+        return proxy

@@ -22,18 +22,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snnconv.data import ImageData
 from snnconv.engine import counts
 from snnconv.engine.linear import exact_arithmetic
 from snnconv.finetune.agreement import Agreement
 from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course, Courses
-from snnconv.finetune.master import Master, learnt, moved, with_learnt
+from snnconv.finetune.images import Images
+from snnconv.finetune.master import Master, Means, learnt, moved, with_learnt
 from snnconv.finetune.settings import FinetuneSettings, tunable
 from snnconv.network import Population, SpikingNetwork
-from snnconv.normalize import count_values
 from snnconv.ops import per_channel
 from snnconv.progress import Progress, silent
-from snnconv.quant import FakeQuantize
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,12 @@ class LayerwiseTuning:
 
     def __init__(
         self,
-        network: SpikingNetwork,
-        data: ImageData,
+        images: Images,
         settings: FinetuneSettings,
         taught: np.ndarray,
         held_out: np.ndarray,
+        agreement: Agreement,
         *,
-        seed: int = 0,
-        device: str = "cpu",
         memory: int = CACHE_BYTES,
         progress: Progress = silent,
     ) -> None:
@@ -73,26 +69,21 @@ class LayerwiseTuning:
 
         Raises UsageError if no layer is left to be tuned.
         """
-        self.network, self.settings, self.seed = network, settings, seed
-        self.progress = progress
+        network = images.network
+        self.network, self.settings, self.seed = network, settings, images.seed
+        self.agreement, self.progress = agreement, progress
         self.positions = tunable(network, settings.layers)
-        self.taught, self.held_out = taught, held_out
-        engine = counts.Engine(network, network.timesteps, device)
-        self.engine = engine
-        batch = settings.batch_size
+        self.taught = taught
+        engine = counts.Engine(network, network.timesteps, images.device)
+        self.engine, self.means = engine, Means(network, images.device)
         # Both share the memory as they share the images.
         share = len(held_out) / (len(taught) + len(held_out))
         self.learning, self.judging = (
-            Courses(engine, data, indices, batch, seed=seed, memory=int(memory * part))
+            Courses(engine, images, indices, settings.batch_size, int(memory * part))
             for indices, part in ((taught, 1 - share), (held_out, share))
         )
-        self.agreement = Agreement(network, self.judging.pixels, device)
         self.nodes: list[Any] = list(network.nodes)
         self.done: list[LayerResult] = []
-        self.values = {
-            name: value.to(device)
-            for name, (value, _) in count_values(network.nodes, network.preprocessing).items()
-        }
 
     @property
     def tuned(self) -> SpikingNetwork:
@@ -117,6 +108,8 @@ class LayerwiseTuning:
             found = self._tune(self.positions[count], count)
             self.done.append(found)
             yield found
+        self.learning.forget()
+        self.judging.forget()
 
     def _tune(self, position: int, number: int) -> LayerResult:
         """Tune one layer; take the change back if it does harm on held-out images."""
@@ -124,7 +117,7 @@ class LayerwiseTuning:
         error_before, kl_before = self._judged(position, node)
         master = Master(
             moved(node, self.engine.device),
-            self.values,
+            self.means.values,
             self.network.weight_bits,
             weights=not self.settings.bias_only,
         )
@@ -168,19 +161,11 @@ class LayerwiseTuning:
 
     def _proxy(self, master: Master, course: Course) -> Tensor:
         """Return what the quantised ANN makes of the mean spike values before a layer."""
-        inputs = []
-        for synapse in master.node.branches:
-            counted = course.values[synapse.source][-1].float()
-            if synapse.source not in self.engine.images:  # an image's are of one step
-                counted = counted / self.network.timesteps
-            worth = self.values[synapse.source].float()
-            inputs.append(counted * per_channel(worth, counted.ndim))
-        clip = master.node.clip.float()
-        offset = self.network.rounding_offset
-        result: Tensor = FakeQuantize.apply(
-            master(inputs), clip, self.network.timesteps, master.node.two_sided, offset
-        )
-        return result
+        inputs = [
+            self.means(synapse.source, course.values[synapse.source][-1])
+            for synapse in master.node.branches
+        ]
+        return master.quantised(inputs, self.network.timesteps, self.network.rounding_offset)
 
     def _distance(self, course: Course, node: Population) -> Tensor:
         """Return the values of a layer's spikes at T less its targets, `[N, ...]`."""
@@ -190,7 +175,7 @@ class LayerwiseTuning:
 
     def _step(self, node: Population, ndim: int) -> Tensor:
         """Return what one spike adds to the mean."""
-        clip = self.values[node.name].float()
+        clip = self.means.values[node.name].float()
         return per_channel(clip / self.network.timesteps, ndim)
 
     def _judged(self, position: int, node: Population) -> tuple[float, float | None]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnconv.network import Population, Readout, Synapse
-from snnconv.normalize import times_inputs
+from snnconv.network import Image, Population, Readout, SpikingNetwork, Synapse
+from snnconv.normalize import count_values, times_inputs
 from snnconv.ops import average_pool, per_channel
-from snnconv.quant import apply_weight
+from snnconv.quant import FakeQuantize, apply_weight
 
 
 class Master(nn.Module):
@@ -68,6 +68,15 @@ class Master(nn.Module):
     def _whole(self, weight: Tensor) -> Tensor:
         return weight.detach().round().clamp(-self.top, self.top)
 
+    def quantised(self, inputs: list[Tensor], timesteps: int, offset: float) -> Tensor:
+        """Return what the quantised ANN makes of mean spike values, with its gradients."""
+        current: Tensor = self(inputs)
+        if isinstance(self.node, Readout):
+            return current
+        clip, two_sided = self.node.clip.float(), self.node.two_sided
+        result: Tensor = FakeQuantize.apply(current, clip, timesteps, two_sided, offset)
+        return result
+
     def forward(self, inputs: list[Tensor]) -> Tensor:
         """Return the current that mean spike values bring; gradients pass the rounding straight."""
         bias = straight(self.bias, self.bias.detach().round()) * self.unit
@@ -86,6 +95,24 @@ class Master(nn.Module):
 def straight(parameter: Tensor, rounded: Tensor) -> Tensor:
     """Return the rounded values with the gradient of the parameter."""
     return parameter + (rounded - parameter).detach()
+
+
+class Means:
+    """Turns the counts of a network's nodes at T into mean spike values, and images into theirs."""
+
+    def __init__(self, network: SpikingNetwork, device: torch.device | str) -> None:
+        """Take what one count of each node is worth, `values`, `[C]`."""
+        self.timesteps = network.timesteps
+        self.images = {node.name for node in network.nodes if isinstance(node, Image)}
+        self.values = {
+            name: value.to(device)
+            for name, (value, _) in count_values(network.nodes, network.preprocessing).items()
+        }
+
+    def __call__(self, name: str, counted: Tensor) -> Tensor:
+        """Return the means of counts `[N, C, ...]`; an image's are of one step."""
+        mean = counted.float() * per_channel(self.values[name].float(), counted.ndim)
+        return mean if name in self.images else mean / self.timesteps
 
 
 def moved(node: Any, device: torch.device | str) -> Any:

@@ -64,13 +64,14 @@ def divide(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the images that may teach and those that decide, as sorted indices.
 
-    Both come from where the network's own making had them: what was held out of its retraining
-    teaches nothing here either.
+    Both come from where the network's own making had them: what was held out of its retraining, or
+    of an earlier fine-tuning, teaches nothing here either.
     """
-    retraining = network.provenance.get("retraining") or {}
+    provenance = network.provenance
+    before = provenance.get("retraining") or provenance.get("finetuning") or {}
     count = min(held_out, int(total * HELD_OUT_SHARE))
-    apart = max(count, min(int(retraining.get("held_out_images", 0)), total // 2))
-    drawn = int(retraining.get("seed", seed))
+    apart = max(count, min(int(before.get("held_out_images", 0)), total // 2))
+    drawn = int(before.get("seed", seed))
     deciding = choose_indices(total, count, drawn, others=True) if count else np.arange(0)
     others = choose_indices(total, apart, drawn, others=True) if apart else np.arange(0)
     return np.setdiff1d(np.arange(total), others), deciding
