@@ -16,20 +16,22 @@ NOT_CONVERTIBLE = 3
 )
 @source_argument
 @network_options
+@options.strict_option
 @options.json_option
 @options.verbosity_options
 def command(
     source: str,
     network: NetworkOptions,
+    strict: bool,
     as_json: bool,
     verbose: bool,
     quiet: bool,
 ) -> int:
     """Plan the conversion of a network, without converting anything.
 
-    Every node of the network is a synapse, a neuron, exact on counts, folded, removed or
-    unsupported; -v lists them all. A timm name is built with random weights, nothing is fetched.
-    Exit code 3 if the network cannot be converted.
+    Every node of the network is a synapse, a neuron, exact on counts, folded, removed, analog (no
+    sum of spikes, computed apart) or unsupported; -v lists them all. A timm name is built with
+    random weights, nothing is fetched. Exit code 3 if the network cannot be converted.
     """
     from snnconv import __version__
     from snnconv.errors import NotConvertibleError
@@ -44,6 +46,7 @@ def command(
         traced = trace(loaded.model, loaded.preprocessing.input_size)
         plan = make_plan(traced)
         check_fold(traced, fold(traced, plan))
+        plan.require_convertible(strict=strict)
         problems = []
     except NotConvertibleError as error:
         problems = error.problems or [error.message]
@@ -72,7 +75,11 @@ def _print(contents: dict[str, Any], verbose: bool) -> None:
     summary = [
         ("verdict", contents["verdict"]),
         ("nodes", ", ".join(f"{count} {role}" for role, count in roles.most_common())),
-        ("spiking", f"{share['spiking']:g} % of multiply-accumulates"),
+        (
+            "spiking",
+            f"{share['spiking']:g} % of multiply-accumulates, {share['analog']:g} % analog"
+            + console.tallied([n["operation"] for n in nodes if n["role"] == "analog"]),
+        ),
     ]
     console.print_table(None, ["", contents["model"]["name"]], summary)
     rows = [

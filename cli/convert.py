@@ -113,6 +113,7 @@ def parse_drain(text: str) -> int | None:
     help="Weigh a spike that takes a shortcut by its own threshold; without, by that of where it "
     "ends, to see the difference.",
 )
+@options.strict_option
 @click.option(
     "--schedule",
     type=click.Choice(["paper", "drain", "stagger", "wait"]),
@@ -148,6 +149,7 @@ def command(
     initial_membrane: str | None,
     compensation: str,
     shortcut_normalization: bool,
+    strict: bool,
     schedule: str,
     drain: str,
     training: TrainOptions,
@@ -285,6 +287,7 @@ def command(
             retrain=retrain,
             shortcut_normalization=shortcut_normalization,
             compensation=compensation,
+            strict=strict,
             held_out=() if train is None else _batches(train, loaded, held_out, silent),
             progress=progress,
             neuron=neuron,
@@ -513,7 +516,8 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
         ("network", f"{model['name']}, {contents['neurons']:,} neurons, depth {contents['depth']}"),
         (
             "spiking",
-            f"{share['spiking']:g} % of multiply-accumulates, {share['analog']:g} % analog",
+            f"{share['spiking']:g} % of multiply-accumulates, {share['analog']:g} % analog"
+            + console.tallied([n["operation"] for n in contents["nodes"] if n["role"] == "analog"]),
         ),
         (
             "settings",

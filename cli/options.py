@@ -204,6 +204,13 @@ def check_settings(settings: dict[str, Any], commands: Iterable[str]) -> None:
     refuse_unknown(SETTINGS_FILE, settings, [*SHARED_SETTINGS, *commands])
 
 
+strict_option = click.option(
+    "--strict",
+    is_flag=True,
+    help="Refuse networks with functions that are no sums of spikes (gates, SiLU and the like).",
+)
+
+
 def require_data(data: str | None) -> str:
     """Return the data given in whatever way; without any, raise UsageError with the three ways."""
     if data is None:

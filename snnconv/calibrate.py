@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from snnconv.analog import RESOLUTION, compute
 from snnconv.errors import DataError, UsageError
+from snnconv.ops import rearranged_channels
 from snnconv.plan import Relay, Source
-from snnconv.quant import Branch, Layer, Qann, quantize
+from snnconv.quant import Branch, Island, Layer, Qann, quantize
 
 METHODS = ("mse", "percentile", "max", "bn")
 DEFAULT_PERCENTILE = 99.9
 BINS = 2048
+# Points by which the moments of an analog function are estimated.
+QUANTILES = 1024
 CANDIDATES = 512
 # Smallest clip of a channel, as a share of its layer's largest: a bound on the range of integers.
 SMALLEST_SHARE = 1 / 16
@@ -123,6 +128,10 @@ def calibrate_(
         else:
             clips = histogram.least_error_clips(timesteps)
         layer.clip.copy_(_settled(clips, layer.cap))
+    for island in qann.islands():
+        largest = histograms[island.name].largest.amax()
+        unit = largest / RESOLUTION if largest > 0 else 1.0
+        island.unit.fill_(float(unit))
 
 
 def _settled(clips: Tensor, cap: float | None) -> Tensor:
@@ -136,9 +145,15 @@ def _settled(clips: Tensor, cap: float | None) -> Tensor:
 
 def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
     histograms = {layer.name: Histogram(len(layer.clip)) for layer in qann.weighted()}
+    histograms |= {island.name: Histogram(1) for island in qann.islands()}
 
     def observe(layer: Layer, activation: Tensor) -> None:
         histograms[layer.name].add(activation.abs())
+
+    def observe_island(island: Any, _: Any, output: Tensor) -> None:
+        histograms[island.name].add(output.abs().reshape(len(output), 1, -1))
+
+    hooks = [island.register_forward_hook(observe_island) for island in qann.islands()]
 
     seen = 0
     with torch.no_grad():
@@ -148,6 +163,8 @@ def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
                 output = outputs[layer.name].clamp_min(0)
                 histograms[layer.name].add(output.reshape(len(output), len(layer.clip), -1))
             seen += len(images)
+    for hook in hooks:
+        hook.remove()
     if not seen:
         raise DataError("calibration: no images; give at least one")
     return histograms
@@ -169,6 +186,9 @@ def _from_statistics(qann: Qann) -> dict[str, Histogram]:
             moments[node.name] = _Moments(torch.zeros(node.shape[0]), torch.ones(node.shape[0]))
         elif isinstance(node, Relay):
             moments[node.name] = _relay_moments(node, [moments[i] for i in node.inputs])
+        elif isinstance(node, Island):
+            moments[node.name] = _island_moments(node, [moments[i] for i in node.inputs])
+            histograms[node.name] = _normal_histogram(moments[node.name], two_sided=True)
         else:
             current = _layer_moments(node, moments)
             histograms[node.name] = _normal_histogram(current, node.two_sided)
@@ -187,10 +207,30 @@ def _relay_moments(node: Relay, inputs: list[_Moments]) -> _Moments:
         grown = torch.zeros(2, channels)
         grown[:, before : before + len(mean)] = torch.stack([mean, variance])
         return _Moments(grown[0], grown[1])
+    if node.op == "rearrange":
+        a = node.attributes
+        return _Moments(*(rearranged_channels(v, a["shape"], a["steps"]) for v in (mean, variance)))
+    if node.op == "clamp":
+        sign = 1 if node.attributes["high"] is None else -1
+        part = _rectified(_Moments(sign * mean, variance))
+        return _Moments(sign * part.mean, part.variance)
     if node.op == "flatten":
         pixels = channels // len(mean)
         return _Moments(mean.repeat_interleave(pixels), variance.repeat_interleave(pixels))
     return _Moments(mean, variance)
+
+
+def _island_moments(node: Island, inputs: list[_Moments]) -> _Moments:
+    """Estimate the moments of a function of independent normal variables by their quantiles."""
+    shares = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
+    normal = torch.special.ndtri(shares)
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for given in inputs:
+        order = torch.randperm(QUANTILES, generator=generator)
+        drawn.append(given.mean.double() + given.variance.double().sqrt() * normal[order, None])
+    result = compute(node.function, node.attributes, drawn)
+    return _Moments(result.mean(0), result.var(0))
 
 
 def _branch_moments(branch: Branch, weight: Tensor, source: _Moments) -> _Moments:

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnconv.analog import FUNCTIONS
 from snnconv.errors import CheckpointError, UsageError, first_line
 from snnconv.network import (
     Image,
+    Island,
     Node,
     Population,
     Readout,
@@ -56,6 +58,9 @@ _RELAYS = {
     "concat": set(),
     "slice": {"slices"},
     "pad": {"padding"},
+    "gather": {"rows", "columns"},
+    "clamp": {"low", "high"},
+    "rearrange": {"shape", "steps"},
     "flatten": set(),
 }
 _SYNAPSES = {
@@ -214,7 +219,7 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingN
 
 
 def _inputs(node: Node) -> tuple[str, ...]:
-    if isinstance(node, Relay):
+    if isinstance(node, Relay | Island):
         return node.inputs
     return () if isinstance(node, Image) else tuple(s.source for s in node.branches)
 
@@ -231,6 +236,17 @@ def _node_to_json(node: Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "shape": node.shape,
             "attributes": _plain(node.attributes),
         }
+    elif isinstance(node, Island):
+        kind = "island"
+        values = {
+            "path": node.path,
+            "function": node.function,
+            "attributes": node.attributes,
+            "inputs": node.inputs,
+            "shape": node.shape,
+            "depth": node.depth,
+        }
+        tensors[f"{node.name}/unit"] = node.unit
     else:
         values = {"shape": node.shape, "depth": node.depth}
         values["branches"] = [
@@ -292,6 +308,19 @@ def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
         expected = _RELAYS[entry["op"]]
         attributes = _attributes(entry["attributes"], expected)
         return Relay(name, entry["op"], _tuples(entry["inputs"]), shape, attributes)
+    if kind == "island":
+        if entry["function"] not in FUNCTIONS:
+            raise ValueError(f"{name} is of unknown function {entry['function']!r}")
+        return Island(
+            name,
+            entry["path"],
+            entry["function"],
+            dict(entry["attributes"]),
+            _tuples(entry["inputs"]),
+            shape,
+            entry["depth"],
+            _positive(_tensor(tensors, f"{name}/unit", torch.float64, shape[0])),
+        )
     if kind not in ("neurons", "readout"):
         raise ValueError(f"node {name} is of unknown kind {kind!r}")
     bias = _tensor(tensors, f"{name}/bias", torch.int32)

@@ -13,8 +13,10 @@ from torch import Tensor, fx
 
 from snnconv.graph import Traced
 from snnconv.operations import Operation, describe
-from snnconv.plan import ConversionPlan, Key, Neurons, Output, Term
-from snnconv.quant import Branch, Layer, Qann
+from snnconv.plan import ConversionPlan, Key, Neurons, Output, PlanNode, Relay, Source, Term
+from snnconv.plan import Island as PlannedIsland
+from snnconv.quant import Branch, Island, Layer, Qann
+from snnconv.rewrite import AFFINE
 
 
 def fold(traced: Traced, plan: ConversionPlan) -> Qann:
@@ -25,11 +27,7 @@ def fold(traced: Traced, plan: ConversionPlan) -> Qann:
     plan.require_convertible()
     folder = Folder(traced, plan, torch.float64)
     with torch.no_grad():
-        nodes = [
-            folder.layer(node) if isinstance(node, (Neurons, Output)) else node
-            for node in plan.nodes
-        ]
-    return Qann(nodes)
+        return Qann([folder.node(node) for node in plan.nodes])
 
 
 class Folder:
@@ -61,6 +59,12 @@ class Folder:
         """Return the operations on a term's way; additions are none."""
         return [self.operation(name) for name in term.key if name in self.fx]
 
+    def node(self, node: PlanNode) -> Source | Relay | Layer | Island:
+        """Build what a node of the plan is in the QANN."""
+        if isinstance(node, (Neurons, Output)):
+            return self.layer(node)
+        return Island(node) if isinstance(node, PlannedIsland) else node
+
     def layer(self, node: Neurons | Output) -> Layer:
         """Build a layer with the values its tensors have now."""
         branches = [self.branch(t, self.rows(node)) for t in node.terms]
@@ -86,7 +90,7 @@ class Folder:
         site = self.fx[node.site]
         while not self.direct(node):
             operation = self.operation(site.name)
-            if operation.kind not in ("flatten", "identity", "max_pool"):
+            if operation.kind not in ("flatten", "identity", "max_pool", "gather"):
                 break
             site = operation.inputs[0]
         return self.traced.shapes[site.name][0]
@@ -162,9 +166,11 @@ class Folder:
         return gain, shift
 
 
-def _statistics(operation: Operation) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of a BatchNorm's output, float64 `[C]`."""
+def _statistics(operation: Operation) -> tuple[Tensor, Tensor] | None:
+    """Return mean and standard deviation of a BatchNorm's output, float64 `[C]`, if it is one."""
     norm = operation.module
+    if isinstance(norm, AFFINE):
+        return None
     channels = norm.num_features
     mean = torch.zeros(channels) if norm.bias is None else norm.bias.detach()
     spread = torch.ones(channels) if norm.weight is None else norm.weight.detach().abs()

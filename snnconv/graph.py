@@ -2,7 +2,8 @@
 
 Tracing follows timm's own list of modules and functions that must not be entered. A leaf that
 hides an activation (`BatchNormAct2d`) is written out first, so that each activation of the
-network is a node of its own, at each place it is called.
+network is a node of its own, at each place it is called. Then the graph is rewritten in the
+operations the rest of the package knows (`snnconv.rewrite`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from snnconv.errors import NotConvertibleError, first_line
+from snnconv.rewrite import rewrite
 
 # Tracing and folding reorder float additions; anything beyond this is another function.
 TRACE_TOLERANCE = 1e-3
@@ -51,10 +52,12 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         from timm.layers import get_notrace_functions, get_notrace_modules
+        from timm.models.nfnet import NormFreeBlock
 
         functions = tuple(get_notrace_functions())
         super().__init__(autowrap_functions=functions, param_shapes_constant=True)
-        self.leaves = tuple(get_notrace_modules())
+        # What it changes in place is no trouble here.
+        self.leaves = tuple(set(get_notrace_modules()) - {NormFreeBlock})
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
@@ -64,9 +67,11 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
     """Return a copy of the model in which no leaf hides an activation.
 
     timm's `BatchNormAct2d` becomes `Sequential(norm, drop, act)` over the same parameters, VGG's
-    `ConvMlp` the layers it runs on a batch like `example`, and timm's `Linear` torch's.
+    `ConvMlp` the layers it runs on a batch like `example`, a convolution that standardises its
+    weights one that has them so, and timm's `Linear` torch's.
     """
-    from timm.layers import BatchNormAct2d, Linear
+    from timm.layers import BatchNormAct2d, Linear, ScaledStdConv2dSame, StdConv2dSame
+    from timm.layers.norm_act import FrozenBatchNormAct2d
     from timm.models.vgg import ConvMlp
 
     model = copy.deepcopy(model)
@@ -82,8 +87,10 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
     for hook in hooks:
         hook.remove()
     for path, module in list(model.named_modules()):
-        if type(module) is BatchNormAct2d:
+        if type(module) in (BatchNormAct2d, FrozenBatchNormAct2d):
             parts = _batch_norm_parts(module)
+        elif type(module) in (StdConv2dSame, ScaledStdConv2dSame):
+            parts = OrderedDict(conv=_standardised(module))
         elif type(module) is ConvMlp and module in sizes:
             parts = _conv_mlp_parts(module, sizes[module])
         elif type(module) is Linear:
@@ -98,10 +105,37 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _batch_norm_parts(module: Any) -> OrderedDict[str, nn.Module]:
-    norm = nn.BatchNorm2d(module.num_features, module.eps, module.momentum, module.affine)
-    norm.weight, norm.bias = module.weight, module.bias
+    norm = nn.BatchNorm2d(len(module.running_mean), module.eps, affine=module.weight is not None)
+    for name in ("weight", "bias"):  # which a frozen one holds as buffers
+        value = getattr(module, name)
+        frozen = value is not None and not isinstance(value, nn.Parameter)
+        setattr(norm, name, nn.Parameter(value) if frozen else value)
     norm.running_mean, norm.running_var = module.running_mean, module.running_var
     return OrderedDict(norm=norm, drop=module.drop, act=module.act)
+
+
+def _standardised(module: Any) -> nn.Conv2d:
+    """Return the convolution with its weights standardised (Qiao et al., arXiv 1903.10520)."""
+    from timm.layers import Conv2dSame
+
+    rows = module.weight.flatten(1)
+    variance, mean = torch.var_mean(rows, 1, correction=0, keepdim=True)
+    rows = (rows - mean) * torch.rsqrt(variance + module.eps)
+    if hasattr(module, "gain"):
+        rows = rows * (module.gain * module.scale).view(-1, 1)
+    conv = (Conv2dSame if module.same_pad else nn.Conv2d)(
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        bias=module.bias is not None,
+    )
+    conv.weight = nn.Parameter(rows.detach().view_as(module.weight))
+    conv.bias = module.bias
+    return conv
 
 
 def _plain_linear(module: nn.Linear) -> nn.Linear:
@@ -117,44 +151,6 @@ def _conv_mlp_parts(module: Any, size: tuple[int, int]) -> OrderedDict[str, nn.M
     if grown != tuple(size):
         parts = OrderedDict(pool=nn.AdaptiveAvgPool2d(grown), **parts)
     return parts
-
-
-class _Shapes(fx.Interpreter):
-    """Run the graph once and note the shape of every tensor, without its batch axis."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor) and result.ndim >= 1:
-            self.shapes[n.name] = tuple(result.shape[1:])
-        return result
-
-
-def _write_out_means(traced: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Write `x.mean((2, 3))` as the global average pooling and flatten it is."""
-    found = False
-    for node in list(traced.graph.nodes):
-        if node.target not in ("mean", torch.mean):
-            continue
-        values = dict(enumerate(node.args))
-        source, axes = node.args[0], values.get(1, node.kwargs.get("dim"))
-        keep = values.get(2, node.kwargs.get("keepdim", False))
-        if not isinstance(axes, (tuple, list)) or len(shapes.get(source.name, ())) != 3:
-            continue
-        if sorted(a % 4 for a in axes) != [2, 3]:
-            continue
-        with traced.graph.inserting_before(node):
-            pooled = traced.graph.call_function(F.adaptive_avg_pool2d, (source, 1))
-            if not keep:
-                pooled = traced.graph.call_function(torch.flatten, (pooled, 1))
-        node.replace_all_uses_with(pooled)
-        traced.graph.erase_node(node)
-        found = True
-    traced.recompile()
-    return found
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
@@ -185,14 +181,8 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
             f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}; "
             "control flow that depends on the data must be taken out of forward()"
         ) from error
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-    shapes = _Shapes(traced)
-    with torch.no_grad():
-        shapes.run(example.clone())
-        if _write_out_means(traced, shapes.shapes):
-            shapes = _Shapes(traced)
-        outputs = flatten_outputs(shapes.run(example.clone()))
+    values = rewrite(traced, example)
+    outputs = flatten_outputs(values.result)
     if set(outputs) != set(expected):
         raise NotConvertibleError("the traced network has other outputs than the model")
     for name, output in outputs.items():
@@ -201,7 +191,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
                 f"the traced network computes another {name} than the model: part of forward() "
                 "runs outside what torch.fx sees"
             )
-    return Traced(traced, shapes.shapes, tuple(input_size), example)
+    return Traced(traced, values.shapes, tuple(input_size), example)
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:

@@ -8,6 +8,7 @@ engine runs it under a schedule. See method.md, section 4.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnconv.analog import LARGEST, compute
 from snnconv.neuron import rounding_offset
-from snnconv.ops import Pool, sum_pool
-from snnconv.plan import Key, Relay
+from snnconv.ops import Pool, constant, rearranged_channels, sum_pool
+from snnconv.plan import Key, Relay, Source
 from snnconv.preprocess import Preprocessing
+from snnconv.quant import Island as FloatIsland
 from snnconv.quant import apply_weight, only_logits, reads, relay
 from snnconv.schedule import Schedule
 
@@ -89,7 +92,25 @@ class Readout:
     readout: bool = True
 
 
-Node = Image | Relay | Population | Readout
+@dataclass(frozen=True)
+class Island:
+    """A function that is no sum of spikes (`snnconv.analog`), of the mean values of `inputs`.
+
+    What it emits are integers, each worth `unit`, float64 `[C]`. `depth` is that of a layer of
+    neurons in its place: what it reads must have begun before it does.
+    """
+
+    name: str
+    path: str
+    function: str
+    attributes: dict[str, Any]
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+    depth: int
+    unit: Tensor
+
+
+Node = Image | Relay | Population | Island | Readout
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,11 @@ class SpikingNetwork:
         """Return the depth of the deepest readout: neuron layers on the longest path."""
         return max(r.depth for r in self.readouts)
 
+    @cached_property
+    def worths(self) -> dict[str, Tensor]:
+        """Return what one count of each node is worth, float64 `[C]`."""
+        return {name: w for name, (w, _) in count_values(self.nodes, self.preprocessing).items()}
+
     @property
     def logits(self) -> Readout | None:
         """Return a classifier's one readout, a flat vector; None for other networks."""
@@ -173,11 +199,71 @@ class SpikingNetwork:
                 high = max(limits[i][1] for i in node.inputs)
                 if node.op == "pad":
                     low, high = min(low, 0), max(high, 0)
+                if node.op == "clamp":
+                    low = low if node.attributes["low"] is None else 0
+                    high = high if node.attributes["high"] is None else 0
                 factor = node.attributes["pool"].largest_sum if node.op == "sum_pool" else 1
                 limits[node.name] = (low * factor, high * factor)
+            elif isinstance(node, Island):
+                limits[node.name] = (-LARGEST * timesteps, LARGEST * timesteps)
             elif isinstance(node, Population):
                 limits[node.name] = (-timesteps if node.two_sided else 0, timesteps)
         return limits
+
+
+def count_values(
+    nodes: Iterable[Any], preprocessing: Preprocessing, dtype: torch.dtype = torch.float64
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what one count of each node of a QANN or a network is worth, and the constant, `[C]`.
+
+    A tensor's T-fold value is `worth * S + T * constant`. For neurons the worth is the threshold
+    and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
+    """
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    nodes = list(nodes)
+    found = (node.clip.device for node in nodes if hasattr(node, "clip"))
+    device = next(found, torch.device("cpu"))
+    for node in nodes:
+        if isinstance(node, Source | Image):
+            std, mean, zero = (
+                constant(tuple(v), dtype, device)
+                for v in (preprocessing.std, preprocessing.mean, preprocessing.zero_point)
+            )
+            values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
+        elif isinstance(node, Relay):
+            values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
+        elif isinstance(node, FloatIsland | Island):
+            values[node.name] = node.unit.to(dtype), torch.zeros_like(node.unit, dtype=dtype)
+        elif not getattr(node, "readout", False):
+            clip = node.clip.to(dtype)
+            values[node.name] = clip, torch.zeros_like(clip)
+    return values
+
+
+def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    worth, constant = (torch.cat([i[k] for i in inputs]) for k in (0, 1))
+    if node.op == "slice":
+        kept = slice(*node.attributes["slices"][0])
+        return worth[kept], constant[kept]
+    if node.op == "pad" and node.shape[0] != len(worth):
+        before = node.attributes["padding"][4]
+        # Channels of padding are always zero: so are their weights, which else would set a scale.
+        grown = worth.new_zeros(2, node.shape[0]).unbind()
+        for target, part in zip(grown, (worth, constant), strict=True):
+            target[before : before + len(part)] = part
+        return grown[0], grown[1]
+    if node.op == "rearrange":
+        a = node.attributes
+        worth, constant = (
+            rearranged_channels(v, a["shape"], a["steps"]) for v in (worth, constant)
+        )
+        return worth, constant
+    if node.op == "flatten":
+        pixels = node.shape[0] // len(worth)
+        return worth.repeat_interleave(pixels), constant.repeat_interleave(pixels)
+    if node.op == "sum_pool":
+        return worth / node.attributes["pool"].lcm, constant
+    return worth, constant
 
 
 def count_dtype(low: int, high: int) -> torch.dtype:
@@ -236,7 +322,15 @@ def check_shapes(network: SpikingNetwork) -> None:
             inputs = [values[name] for name in node.inputs]
             if node.op == "sum_pool":
                 _check_windows(node.name, node.attributes["pool"], inputs[0])
+            if node.op == "gather":
+                _check_pixels(node, inputs[0])
+            if node.op == "rearrange" and node.attributes["shape"] != inputs[0].shape[1:]:
+                raise ValueError(f"{node.name}: it rearranges {node.attributes['shape']}")
             value = relay(node, inputs, 0)
+        elif isinstance(node, Island):
+            value = compute(node.function, node.attributes, [values[n] for n in node.inputs])
+            if node.depth != depth[node.name]:
+                raise ValueError(f"{node.name}: its depth is {depth[node.name]}")
         else:
             parts = [_current_of(node.name, s, values[s.source]) for s in node.branches]
             if len({p.shape for p in parts}) != 1 or parts[0].shape[1] != len(node.bias):
@@ -266,6 +360,12 @@ def _check_windows(name: str, pool: Pool, x: Tensor) -> None:
     for windows, length in zip((pool.h, pool.w), x.shape[2:], strict=True):
         if not windows or not all(0 <= a < b <= length and size > 0 for a, b, size in windows):
             raise ValueError(f"{name}: pooling windows outside of {length} pixels")
+
+
+def _check_pixels(node: Relay, x: Tensor) -> None:
+    for axis, length in zip(("rows", "columns"), x.shape[2:], strict=True):
+        if not all(isinstance(i, int) and 0 <= i < length for i in node.attributes[axis]):
+            raise ValueError(f"{node.name}: {axis} outside of {length} pixels")
 
 
 def depths(nodes: list[Any]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,11 +19,21 @@ import torch
 from torch import Tensor
 
 from snnconv.errors import UsageError
-from snnconv.network import Image, Node, Population, Readout, SpikingNetwork, Synapse, depths
-from snnconv.ops import constant
+from snnconv.network import (
+    Image,
+    Island,
+    Node,
+    Population,
+    Readout,
+    SpikingNetwork,
+    Synapse,
+    count_values,
+    depths,
+)
 from snnconv.plan import Relay, Source
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Branch, Layer, Qann
+from snnconv.quant import Island as FloatIsland
 from snnconv.schedule import check_timesteps
 
 # Finest fraction of a level thresholds resolve: theta_int >= 32 T, an error of 1/64 level at most.
@@ -62,11 +72,25 @@ def integerize(
     values = spike_values(qann, preprocessing)
     layers = _integer_layers(qann, values, timesteps, weight_bits)
     nodes: list[Node] = []
+    depth = depths(qann.nodes)
     for node in qann.nodes:
         if isinstance(node, Source):
             nodes.append(Image(node.name, node.shape, preprocessing.zero_point))
         elif isinstance(node, Relay):
             nodes.append(node)
+        elif isinstance(node, FloatIsland):
+            nodes.append(
+                Island(
+                    node.name,
+                    node.path,
+                    node.function,
+                    node.attributes,
+                    node.inputs,
+                    node.shape,
+                    depth[node.name],
+                    node.unit.double(),
+                )
+            )
         else:
             layer = next(layers)
             if isinstance(layer, Readout):
@@ -176,49 +200,6 @@ def spike_values(
     and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
     """
     return count_values(qann.nodes, preprocessing, dtype)
-
-
-def count_values(
-    nodes: Iterable[Any], preprocessing: Preprocessing, dtype: torch.dtype = torch.float64
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the same for the nodes of a QANN or of a spiking network."""
-    values: dict[str, tuple[Tensor, Tensor]] = {}
-    nodes = list(nodes)
-    found = (node.clip.device for node in nodes if hasattr(node, "clip"))
-    device = next(found, torch.device("cpu"))
-    for node in nodes:
-        if isinstance(node, Source | Image):
-            std, mean, zero = (
-                constant(tuple(v), dtype, device)
-                for v in (preprocessing.std, preprocessing.mean, preprocessing.zero_point)
-            )
-            values[node.name] = 1 / (255 * std), (zero / 255 - mean) / std
-        elif isinstance(node, Relay):
-            values[node.name] = _relay_values(node, [values[i] for i in node.inputs])
-        elif not getattr(node, "readout", False):
-            clip = node.clip.to(dtype)
-            values[node.name] = clip, torch.zeros_like(clip)
-    return values
-
-
-def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    worth, constant = (torch.cat([i[k] for i in inputs]) for k in (0, 1))
-    if node.op == "slice":
-        kept = slice(*node.attributes["slices"][0])
-        return worth[kept], constant[kept]
-    if node.op == "pad" and node.shape[0] != len(worth):
-        before = node.attributes["padding"][4]
-        # Channels of padding are always zero: so are their weights, which else would set a scale.
-        grown = worth.new_zeros(2, node.shape[0]).unbind()
-        for target, part in zip(grown, (worth, constant), strict=True):
-            target[before : before + len(part)] = part
-        return grown[0], grown[1]
-    if node.op == "flatten":
-        pixels = node.shape[0] // len(worth)
-        return worth.repeat_interleave(pixels), constant.repeat_interleave(pixels)
-    if node.op == "sum_pool":
-        return worth / node.attributes["pool"].lcm, constant
-    return worth, constant
 
 
 def _image_carriers(qann: Qann) -> set[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from snnconv.analog import NAMES
 from snnconv.graph import Traced
 from snnconv.ops import Pool, adaptive_windows, pool_windows
+from snnconv.rewrite import AFFINE, Neurons, Rearrangement
+from snnconv.rewrite.islands import is_analog
+from snnconv.rewrite.tools import name_of
 
 REPLACE = "use a variant of the network with ReLU"
 
@@ -26,8 +31,8 @@ class Operation:
     """What one fx node computes: its kind, its attributes, and the nodes whose values it reads.
 
     Kinds: input, output, conv, linear, batch_norm, activation, add, concat, max_pool,
-    average_pool, flatten, slice, pad, identity, shape (no tensor), unsupported. `module` owns
-    the parameters of conv, linear and batch_norm.
+    average_pool, flatten, slice, pad, gather, rearrange, analog, negative_part, identity,
+    shape (no tensor), unsupported. `module` owns the parameters of conv, linear and batch_norm.
     """
 
     kind: str
@@ -57,11 +62,34 @@ def describe(traced: Traced, node: fx.Node) -> Operation:
         )
     if node.name not in traced.shapes:
         return Operation("shape", tuple(node.all_input_nodes))
+    if is_analog(traced.module, node, traced):
+        return _analog(traced, node)
     inputs = tuple(n for n in node.all_input_nodes if n.name in traced.shapes)
     shape = traced.shapes[inputs[0].name] if inputs else ()
     if node.op == "call_module":
-        return _module(traced.module.get_submodule(str(node.target)), inputs, shape)
+        module = traced.module.get_submodule(str(node.target))
+        return _module(module, inputs, shape, traced.shapes[node.name])
     return _function(traced, node, inputs, shape)
+
+
+def _analog(traced: Traced, node: fx.Node) -> Operation:
+    """Describe a function that is no sum of spikes."""
+    function, names = NAMES[name_of(traced.module, node)]
+    inputs = tuple(n for n in node.args if isinstance(n, fx.Node) and n.name in traced.shapes)
+    attributes: dict[str, Any] = {}
+    if node.op == "call_module":
+        owner = traced.module.get_submodule(str(node.target))
+        attributes = {name: getattr(owner, name) for name in names}
+    else:
+        rest = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
+        attributes = {name: rest[name] for name in names if name in rest}
+    if function == "product":
+        first, *others = (traced.shapes[n.name] for n in inputs)
+        gates = [first, *others]
+        alike = len({len(shape) for shape in gates}) == 1 and len(inputs) == 2
+        if not alike or any(shape[0] != first[0] for shape in others):
+            return unsupported("a product that broadcasts channels", "multiply equal channels")
+    return Operation("analog", inputs, {"function": function, "attributes": attributes})
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -98,6 +126,8 @@ def _activation(x: fx.Node, low: Any, high: Any) -> Operation:
         return unsupported("clamp to bounds that are computed", "clamp to constants")
     if low == 0 and (high is None or high > 0):
         return Operation("activation", (x,), {"two_sided": False, "cap": high and float(high)})
+    if low is None and high == 0:
+        return Operation("negative_part", (x,))
     if low is not None and high is not None and low == -high and high > 0:
         return Operation("activation", (x,), {"two_sided": True, "cap": float(high)})
     return unsupported(
@@ -106,7 +136,9 @@ def _activation(x: fx.Node, low: Any, high: Any) -> Operation:
     )
 
 
-def _module(m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Operation:
+def _module(
+    m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...], out: tuple[int, ...]
+) -> Operation:
     from timm.layers import AvgPool2dSame, Conv2dSame
     from timm.layers.pool2d_same import MaxPool2dSame
 
@@ -121,13 +153,17 @@ def _module(m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Oper
                 "only [N, F] and [N, C, H, W] are converted in this version",
             )
         return Operation("linear", inputs, module=m)
-    if kind in (nn.BatchNorm1d, nn.BatchNorm2d):
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, *AFFINE):
         if m.running_mean is None:
             return unsupported(
                 "BatchNorm without running statistics depends on the batch",
                 "train it with track_running_stats=True",
             )
         return Operation("batch_norm", inputs, module=m)
+    if kind is Neurons and x is not None:
+        return Operation("activation", (x,), {"two_sided": True, "cap": None})
+    if kind is Rearrangement:
+        return Operation("rearrange", inputs, {"shape": shape, "steps": m.steps})
     if kind is nn.ReLU and x is not None:
         return _activation(x, 0, None)
     if isinstance(m, nn.Hardtanh) and kind in (nn.ReLU6, nn.Hardtanh) and x is not None:
@@ -163,8 +199,12 @@ def _module(m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]) -> Oper
         return _flatten(inputs, shape, m.start_dim, m.end_dim)
     if isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)):
         return Operation("identity", inputs)
-    if kind is nn.ZeroPad2d:
-        return _pad(inputs, shape, list(m.padding), "constant", 0)
+    if kind in (nn.ZeroPad2d, nn.ConstantPad2d):
+        return _pad(inputs, shape, list(m.padding), "constant", m.value)
+    if kind in _PADDINGS:
+        return _pad(inputs, shape, list(m.padding), _PADDINGS[kind], None)
+    if isinstance(m, nn.Upsample):
+        return _upsample(out, inputs, shape, m.mode)
     return unsupported(f"{kind.__name__} is not supported")
 
 
@@ -275,11 +315,40 @@ def _flatten(inputs: Any, shape: tuple[int, ...], start: int, end: int) -> Opera
 def _pad(
     inputs: Any, shape: tuple[int, ...], padding: list[int], mode: str, value: Any
 ) -> Operation:
+    if mode in _PADDED_INDEX and len(shape) == 3 and len(padding) in (2, 4):
+        left, right, top, bottom = (*map(int, padding), 0, 0)[:4]
+        find = _PADDED_INDEX[mode]
+        rows = tuple(find(i, shape[1]) for i in range(-top, shape[1] + bottom))
+        columns = tuple(find(i, shape[2]) for i in range(-left, shape[2] + right))
+        return Operation("gather", inputs, {"rows": rows, "columns": columns})
     if mode != "constant" or value not in (0, None):
         return unsupported(f"padding with mode {mode!r}, value {value}", "pad with zeros")
     if len(padding) > 2 * len(shape):
         return unsupported("padding of the batch axis", "pad channels and pixels only")
     return Operation("pad", inputs, {"padding": [int(p) for p in padding]})
+
+
+_PADDINGS = {
+    nn.ReflectionPad2d: "reflect",
+    nn.ReplicationPad2d: "replicate",
+    nn.CircularPad2d: "circular",
+}
+# Which of n pixels stands at place i, inside of them or beyond.
+_PADDED_INDEX: dict[str, Callable[[int, int], int]] = {
+    "reflect": lambda i, n: (n - 1) - abs((n - 1) - abs(i)),
+    "replicate": lambda i, n: min(max(i, 0), n - 1),
+    "circular": lambda i, n: i % n,
+}
+
+
+def _upsample(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...], mode: str) -> Operation:
+    if mode != "nearest" or len(shape) != 3:
+        return unsupported(f"upsampling with mode {mode!r}", "upsample by the nearest pixel")
+    rows, columns = (
+        tuple(i * before // after for i in range(after))
+        for before, after in zip(shape[1:], out[1:], strict=True)
+    )
+    return Operation("gather", inputs, {"rows": rows, "columns": columns})
 
 
 _SAME_NAME = {
@@ -366,6 +435,9 @@ def _function(
         return unsupported("a reshape other than flattening all axes but the batch")
     if name == "pad":
         return _pad(inputs, shape, list(arg(1, "pad")), arg(2, "mode", "constant"), arg(3, "value"))
+    if name in ("interpolate", "upsample"):
+        mode = arg(3, "mode", "nearest")
+        return _upsample(traced.shapes[node.name], inputs, shape, mode)
     if target is operator.getitem:
         return _slice(node, inputs, shape)
     if name in ("dropout", "identity"):

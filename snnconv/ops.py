@@ -30,6 +30,36 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
         return torch.tensor(values, dtype=dtype, device=device)
 
 
+@cache
+def _index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def gather_pixels(x: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> Tensor:
+    """Take rows and columns of `[N, C, H, W]` by their numbers: nearest upsampling, reflection."""
+    picked = x.index_select(-2, _index(tuple(rows), x.device))
+    return picked.index_select(-1, _index(tuple(columns), x.device))
+
+
+def rearrange(x: Tensor, steps: Sequence[tuple[str, Sequence[int]]]) -> Tensor:
+    """Reshape images, and permute their axes; that of the batch, 0, stays."""
+    for step, numbers in steps:
+        x = x.reshape(len(x), *numbers) if step == "reshape" else x.permute(0, *numbers)
+    return x
+
+
+def rearranged_channels(
+    vector: Tensor, shape: Sequence[int], steps: Sequence[tuple[str, Sequence[int]]]
+) -> Tensor:
+    """Return what a vector per channel, `[C]`, is per channel of images that were rearranged.
+
+    The images had a `shape` `(C, H, W)`, and every channel has numbers of one channel only.
+    """
+    images = vector.view(1, -1, 1, 1).expand(1, *shape)
+    return rearrange(images, steps)[0].flatten(1)[:, 0]
+
+
 @dataclass(frozen=True)
 class Pool:
     """An average pooling with explicit windows: one list per axis.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +54,7 @@ def convert(
     retrain: Retrain | None = None,
     shortcut_normalization: bool = True,
     compensation: str = "none",
+    strict: bool = False,
     held_out: Iterable[Tensor] = (),
     progress: Progress = silent,
     **settings: Any,
@@ -67,12 +67,14 @@ def convert(
     goes into the provenance, as does the plan. Without training, `compensation` makes up for what
     neurons lose in T steps (`snnconv.compensation`), on `held_out` images that are not those
     calibrated on, and `shortcut_normalization` can be left out, to see what it is good for.
+    Functions that are no sum of spikes become analog islands, unless the conversion is `strict`.
     `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...).
     Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
     """
     progress("trace", 0, 1)
     traced = trace(model, preprocessing.input_size)
     plan = make_plan(traced)
+    plan.require_convertible(strict=strict)
     qann = fold(traced, plan)
     check_fold(traced, qann)
     progress("trace", 1, 1)
@@ -81,8 +83,6 @@ def convert(
     provenance = {**settings.pop("provenance", {}), "plan": plan.to_dict(), "retraining": None}
     if retrain is not None:
         provenance["retraining"] = retrain(traced, plan, qann)
-        for readout in qann.readouts():
-            readout.clip.fill_(math.nan)  # that of the outputs before
     settings["provenance"] = provenance
     network = integerize(qann, preprocessing, timesteps, weight_bits=weight_bits, **settings)
     changed = network

@@ -22,7 +22,9 @@ from snnconv.graph import Traced, flatten_outputs
 from snnconv.operations import Operation, describe
 from snnconv.ops import Pool
 
-ROLES = ("synapse", "neuron", "exact", "folded", "removed", "unsupported", "unexamined")
+ROLES = (
+    "synapse", "neuron", "exact", "folded", "removed", "analog", "unsupported", "unexamined",
+)  # fmt: skip
 
 Key = tuple[str, ...]
 
@@ -69,7 +71,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Relay:
-    """A map that is exact on counts: max_pool, sum_pool, concat, slice, pad or flatten."""
+    """A map that is exact on counts, one of `quant.relay`'s: max_pool, concat, slice and others."""
 
     name: str
     op: str
@@ -105,7 +107,22 @@ class Output:
     shape: tuple[int, ...]
 
 
-PlanNode = Source | Relay | Neurons | Output
+@dataclass(frozen=True)
+class Island:
+    """A function that is no sum of spikes (`snnconv.analog`), of the counts of `inputs`.
+
+    `inputs` may be islands themselves. What it emits are integers like a count's, without bounds.
+    """
+
+    name: str
+    path: str
+    function: str
+    attributes: dict[str, Any]
+    inputs: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+PlanNode = Source | Relay | Neurons | Island | Output
 
 
 @dataclass
@@ -134,10 +151,22 @@ class ConversionPlan:
         """Return whether every node can be converted."""
         return not self.problems
 
-    def require_convertible(self) -> None:
-        """Raise NotConvertibleError, naming every reason, unless the plan is convertible."""
+    @property
+    def analog(self) -> list[str]:
+        """Name every function that is no sum of spikes."""
+        return [f"{e.path} ({e.operation})" for e in self.entries if e.role == "analog"]
+
+    def require_convertible(self, *, strict: bool = False) -> None:
+        """Raise NotConvertibleError, naming every reason, unless the plan is convertible.
+
+        A `strict` one may have no analog islands.
+        """
         if self.problems:
             raise NotConvertibleError("the network cannot be converted", self.problems)
+        if strict and self.analog:
+            raise NotConvertibleError(
+                "parts of the network are no sums of spikes, and --strict refuses them", self.analog
+            )
 
     @property
     def spiking_mac_share(self) -> float:
@@ -161,15 +190,19 @@ class ConversionPlan:
 
 @dataclass(frozen=True)
 class _Counts:
+    """Integers that synapses can read: counts, or what an island emits (`analog`)."""
+
     node: str
     two_sided: bool
+    analog: bool = False
 
 
 @dataclass(frozen=True)
 class _Current:
     """The value of fx node `site`: a sum of terms of `shape`, then the maps in `pending`.
 
-    Pending are order-preserving maps (max-pool, flatten) that wait to be moved behind a neuron.
+    Pending are order-preserving maps (max-pool, gather, flatten) that wait to be moved behind a
+    neuron.
     """
 
     terms: tuple[Term, ...]
@@ -242,7 +275,7 @@ class _Planner:
             name = getattr(node.target, "__name__", str(node.target))
         path = self.traced.path(node)
         macs = self.macs(node)
-        if role == "synapse" and not macs:
+        if role in ("synapse", "analog") and not macs:
             macs = _size(self.shapes[node.name])
         self.entries.append(Entry(node.name, path, name, role, reason, remedy, macs))
 
@@ -329,8 +362,11 @@ class _Planner:
     def batch_norm(self, node: fx.Node, operation: Operation) -> _Value:
         (value,) = self.read(operation)
         if isinstance(value, _Current) and value.pending:
-            pools_only = all(op.kind == "max_pool" for _, op in value.pending)
-            if not (pools_only and _gains_positive(operation)):
+            kinds = {op.kind for _, op in value.pending}
+            commutes = "flatten" not in kinds and (
+                "max_pool" not in kinds or _gains_positive(operation)
+            )
+            if not commutes:
                 why = "max-pool or flatten stands between a layer and its BatchNorm"
                 value = self.materialize(value, why)
         if isinstance(value, _Current):
@@ -348,6 +384,10 @@ class _Planner:
             if not (value.two_sided or two_sided or cap):
                 self.note(node, "removed", "its input cannot be negative")
                 return value
+            counts = not (value.analog or self.carries_images(value))
+            if value.two_sided and counts and not (two_sided or cap):
+                self.note(node, "exact", "the positive part of counts")
+                return self.part(node, value, 0, None)
             value = self.current(node, (Term(value.node, (f"{node.name}:0",)),))
         assert isinstance(value, _Current)
         path = self.traced.path(node)
@@ -357,11 +397,42 @@ class _Planner:
         self.note(node, "neuron", f"clamped at {cap:g}" if cap else "")
         return self.follow(_Counts(node.name, two_sided), value.pending)
 
+    def carries_images(self, counts: _Counts) -> bool:
+        """Return whether counts are pixels, or maps of them, which have a value at zero counts."""
+        nodes = {n.name: n for n in self.nodes}
+        node = nodes[counts.node]
+        while isinstance(node, Relay):
+            node = nodes[node.inputs[0]]
+        return isinstance(node, Source)
+
+    def analog(self, node: fx.Node, operation: Operation) -> _Value:
+        why = "an analog function follows a current: T signed levels"
+        inputs = tuple(self.materialize(v, why).node for v in self.read(operation))
+        function, attributes = (operation.attributes[k] for k in ("function", "attributes"))
+        path, shape = self.traced.path(node), self.shapes[node.name]
+        self.nodes.append(Island(node.name, path, function, attributes, inputs, shape))
+        self.note(node, "analog", f"{function} is no sum of spikes")
+        return _Counts(node.name, True, analog=True)
+
+    def part(self, node: fx.Node, counts: _Counts, low: int | None, high: int | None) -> _Counts:
+        """Plan the positive or the negative part of two-sided counts."""
+        bounds = {"low": low, "high": high}
+        shape = self.shapes[node.name]
+        self.nodes.append(Relay(node.name, "clamp", (counts.node,), shape, bounds))
+        return _Counts(node.name, low is None)
+
+    def negative_part(self, node: fx.Node, operation: Operation) -> _Value:
+        (value,) = self.read(operation)
+        counts = self.materialize(value, "the negative part of a current")
+        self.note(node, "exact", "the negative part of counts")
+        return self.part(node, counts, None, 0)
+
     def add(self, node: fx.Node, operation: Operation) -> _Value:
         terms: list[Term] = []
         for i, value in enumerate(self.read(operation)):
             if isinstance(value, _Current) and value.pending:
-                value = self.materialize(value, "max-pool or flatten before an addition")
+                kinds = " and ".join(dict.fromkeys(op.kind for _, op in value.pending))
+                value = self.materialize(value, f"{kinds} before an addition")
             if isinstance(value, _Counts):
                 terms.append(Term(value.node, (f"{node.name}:{i}",)))
             else:
@@ -375,6 +446,9 @@ class _Planner:
 
     def slice(self, node: fx.Node, operation: Operation) -> _Value:
         return self.on_counts(node, operation, "slice")
+
+    def rearrange(self, node: fx.Node, operation: Operation) -> _Value:
+        return self.on_counts(node, operation, "rearrange")
 
     def pad(self, node: fx.Node, operation: Operation) -> _Value:
         return self.on_counts(node, operation, "pad")
@@ -392,6 +466,9 @@ class _Planner:
 
     def flatten(self, node: fx.Node, operation: Operation) -> _Value:
         return self._postpone(node, operation, "flatten")
+
+    def gather(self, node: fx.Node, operation: Operation) -> _Value:
+        return self._postpone(node, operation, "gather")
 
     def average_pool(self, node: fx.Node, operation: Operation) -> _Value:
         (value,) = self.read(operation)
@@ -418,10 +495,8 @@ class _Planner:
             if value is None:
                 self.note(node, "unsupported", f"output {name} is no tensor", "return tensors")
                 continue
-            if isinstance(value, _Current) and any(
-                op.kind == "max_pool" for _, op in value.pending
-            ):
-                value = self.materialize(value, "max-pool at the output")
+            if isinstance(value, _Current) and any(op.kind != "flatten" for _, op in value.pending):
+                value = self.materialize(value, f"{value.pending[-1][1].kind} at the output")
             while any(n.name == name for n in self.nodes):
                 name += "_"
             if isinstance(value, _Counts):
@@ -445,7 +520,7 @@ def _size(shape: tuple[int, ...]) -> int:
 
 def inputs_of(node: PlanNode) -> Iterator[str]:
     """Yield the names of the nodes a node reads."""
-    if isinstance(node, Relay):
+    if isinstance(node, (Relay, Island)):
         yield from node.inputs
     elif isinstance(node, (Neurons, Output)):
         yield from (t.source for t in node.terms)

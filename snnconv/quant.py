@@ -16,7 +16,19 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from snnconv.ops import Pool, average_pool, convolve, max_pool, pad_border, per_channel, sum_pool
+from snnconv.analog import LARGEST, compute
+from snnconv.ops import (
+    Pool,
+    average_pool,
+    convolve,
+    gather_pixels,
+    max_pool,
+    pad_border,
+    per_channel,
+    rearrange,
+    sum_pool,
+)
+from snnconv.plan import Island as PlannedIsland
 from snnconv.plan import Key, Relay, Source
 
 Observer = Callable[["Layer", Tensor], None]
@@ -159,18 +171,46 @@ class Layer(nn.Module):
         return total + per_channel(self.bias, total.ndim)
 
 
+class Island(nn.Module):
+    """A function that is no sum of spikes, and what an integer of it is worth, `unit` `[C]`.
+
+    `unit` is unset (NaN) until calibrated.
+    """
+
+    unit: Tensor
+
+    def __init__(self, planned: PlannedIsland) -> None:
+        """Take it from the plan."""
+        super().__init__()
+        self.name, self.path, self.shape = planned.name, planned.path, planned.shape
+        self.function, self.attributes = planned.function, planned.attributes
+        self.inputs = planned.inputs
+        self.register_buffer("unit", torch.full((self.shape[0],), float("nan")))
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        """Return the function of activations `[N, C, ...]`, bounded once it is calibrated."""
+        result = compute(self.function, self.attributes, inputs)
+        bound = per_channel(LARGEST * self.unit, result.ndim).to(result.dtype)
+        return result.clamp(-bound, bound) if not bool(self.unit[0].isnan()) else result
+
+
 class Qann(nn.Module):
     """The folded network as a list of nodes in topological order."""
 
-    def __init__(self, nodes: list[Source | Relay | Layer]) -> None:
+    def __init__(self, nodes: list[Source | Relay | Layer | Island]) -> None:
         """Register the layers so that their parameters are the module's."""
         super().__init__()
         self.nodes = nodes
         self.layers = nn.ModuleList(n for n in nodes if isinstance(n, Layer))
+        self.analog = nn.ModuleList(n for n in nodes if isinstance(n, Island))
 
     def weighted(self) -> list[Layer]:
         """Return all layers, populations and readouts, in topological order."""
         return [node for node in self.nodes if isinstance(node, Layer)]
+
+    def islands(self) -> list[Island]:
+        """Return the analog islands, in topological order."""
+        return [node for node in self.nodes if isinstance(node, Island)]
 
     def readouts(self) -> list[Layer]:
         """Return the outputs, in topological order."""
@@ -201,6 +241,8 @@ class Qann(nn.Module):
                 values[node.name] = images
             elif isinstance(node, Relay):
                 values[node.name] = relay(node, [values[i] for i in node.inputs], averaged=True)
+            elif isinstance(node, Island):
+                values[node.name] = node([values[i] for i in node.inputs])
             else:
                 current = node([values[b.source] for b in node.branches])
                 if node.readout:
@@ -252,6 +294,12 @@ def relay(
         return x[(slice(None), *(slice(*s) for s in attributes["slices"]))]
     if node.op == "pad":
         return pad_border(x, attributes["padding"])
+    if node.op == "gather":
+        return gather_pixels(x, **attributes)
+    if node.op == "rearrange":
+        return rearrange(x, attributes["steps"])
+    if node.op == "clamp":
+        return x.clamp(attributes["low"], attributes["high"])
     if node.op == "flatten":
         return x.flatten(1)
     raise ValueError(f"{node.name}: unknown map {node.op!r}")

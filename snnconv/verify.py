@@ -21,13 +21,15 @@ from torch.func import functional_call
 
 from snnconv.errors import NotEqualError
 from snnconv.graph import Traced
-from snnconv.network import Image, Population, Readout, SpikingNetwork, Synapse
+from snnconv.network import Image, Island, Population, Readout, SpikingNetwork, Synapse
 from snnconv.plan import ConversionPlan, Key, Neurons, Output
 from snnconv.quant import Qann
 
 # Rounding to integers leaves at most half a unit; the network was folded in float32.
 HALF_UNIT = 0.5 + 1e-5
 FOLDING = 2.0**-22
+# Where the output of an island ends, in integers per step.
+LARGEST_OF_ISLANDS = 256
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -118,6 +120,7 @@ class _Oracle:
         # The fx node each population stands at: its activation, or the current it was put behind.
         self.fired = {(n.name if n.name in self.fx else n.site): n for n in self.neurons}
         self.values: dict[str, Any] = {}
+        self.worths: dict[str, Tensor] | None = None
 
     def run(self, pixels: Tensor) -> Iterator[tuple[str, Tensor | str, str]]:
         """Yield (where, expected integers or what is missing, name in the network)."""
@@ -134,6 +137,8 @@ class _Oracle:
                 except _Missing as missing:
                     yield fired[node.name].path, str(missing), fired[node.name].name
                     return
+            elif isinstance(self.nodes.get(node.name), Island):
+                self.values[node.name] = self.emitted(node)
             elif node.name in self.plan.sites or not self.has_shape(node):
                 self.values[node.name] = self.call(node, len(pixels))
             else:
@@ -162,6 +167,32 @@ class _Oracle:
         if isinstance(result, Tensor) and (factor := self.pool_factor(node)) != 1:
             result = (result * factor).round()
         return result
+
+    def emitted(self, node: fx.Node) -> Tensor:
+        """Return T times the user's function of mean values, in integers of the island's unit."""
+        island = self.nodes[node.name]
+        assert isinstance(island, Island)
+
+        def mean(argument: fx.Node) -> Any:
+            if not self.has_shape(argument):
+                return self.counts(argument)
+            counts = self.counts(argument)
+            return counts * _spread(self.worth(argument), counts) / self.timesteps
+
+        found = self.apply(node, mean)
+        found = found / _spread(island.unit, found)
+        return (found.clamp(-LARGEST_OF_ISLANDS, LARGEST_OF_ISLANDS) * self.timesteps + 0.5).floor()
+
+    def worth(self, node: fx.Node) -> Tensor:
+        """Return what a count of a population, a map of one, or an island is worth, `[C]`."""
+        name = self.plan.sites[node.name]
+        held = self.nodes[name]
+        if isinstance(held, Island):
+            return held.unit
+        if self.worths is None:
+            self.worths = _worths(self)
+        plane = self.worths[name][0]
+        return plane.flatten(1).amax(1) if plane.ndim > 1 else plane
 
     def counts(self, node: fx.Node) -> Any:
         """Return the value of a node; one that only passes counts on is run when it is read."""
@@ -297,7 +328,7 @@ def _spread(vector: Tensor | int, like: Tensor) -> Tensor | int:
 
 def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
     """Hold every stored integer against the float it stands for."""
-    worths = _worths(oracle)
+    worths = oracle.worths = _worths(oracle)
     carriers = _image_carriers(oracle.network)
     problems: list[str] = []
     compared = 0
@@ -399,6 +430,9 @@ def _worths(oracle: _Oracle) -> dict[str, Tensor]:
             shape = (1, *oracle.traced.shapes[node.name])
             plane = torch.ones(shape, dtype=torch.float64)
             worths[node.name] = plane * _spread(population.clip.double(), plane)
+        elif isinstance(island := oracle.nodes.get(node.name), Island):
+            plane = torch.ones((1, *oracle.traced.shapes[node.name]), dtype=torch.float64)
+            worths[node.name] = plane * _spread(island.unit, plane)
         elif node.name in oracle.plan.sites or not oracle.has_shape(node):
             worths[node.name] = oracle.apply(node, lambda n: _worth(oracle, worths, n))
             if (factor := oracle.pool_factor(node)) != 1:

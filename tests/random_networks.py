@@ -69,7 +69,7 @@ class RandomNetwork(nn.Module):
         return self._module(norm, source)
 
     def _activation(self, source: int) -> int:
-        kind = self.draw.choice(["relu", "relu", "relu", "relu6", "clamp", "hardtanh"])
+        kind = self.draw.choice(["relu", "relu", "relu", "relu6", "clamp", "hardtanh", "leaky"])
         return self._append((kind, source), self.shapes[source])
 
     def _grow(self) -> None:
@@ -78,7 +78,7 @@ class RandomNetwork(nn.Module):
         channels, height, width = self.shapes[source]
         kind = draw.choice(
             ["conv", "conv", "conv", "residual", "residual", "concat", "max", "average", "norm",
-             "option_a", "act", "drop"]
+             "option_a", "act", "drop", "border", "upsample", "scaled", "half", "shuffle"]
         )  # fmt: skip
         if kind == "conv":
             here = self._conv(source)
@@ -115,6 +115,18 @@ class RandomNetwork(nn.Module):
             self._activation(source)
         elif kind == "drop":
             self._module(nn.Dropout(0.5), source)
+        elif kind == "border" and min(height, width) > 2:
+            kinds = [nn.ReflectionPad2d, nn.ReplicationPad2d, nn.CircularPad2d]
+            self._module(draw.choice(kinds)((1, 2, 0, 1)), source)
+        elif kind == "upsample" and max(height, width) < 7:
+            self._module(nn.Upsample((2 * height, width + 1)), source)
+        elif kind == "scaled":
+            self._append(("scaled", source, draw.uniform(-1, 1)), self.shapes[source])
+        elif kind == "shuffle" and channels % 2 == 0:
+            self._module(nn.ChannelShuffle(2), source)
+        elif kind == "half" and channels > 1:
+            half = channels - channels // 2  # chunk gives the first part the odd channel
+            self._append(("half", source), (half, height, width))
 
     def _head(self) -> None:
         source, draw = len(self.shapes) - 1, self.draw
@@ -160,10 +172,16 @@ class RandomNetwork(nn.Module):
                 y = F.relu6(y)
             elif kind == "clamp":
                 y = y.clamp(0, 1.5)
+            elif kind == "leaky":
+                y = F.leaky_relu(y, 0.3)
             elif kind == "hardtanh":
                 y = F.hardtanh(y, -2, 2)
             elif kind == "option_a":
                 y = F.pad(y[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1))
+            elif kind == "scaled":
+                y = more[0] - y * 2
+            elif kind == "half":
+                y, _ = y.chunk(2, dim=1)
             elif kind == "mean":
                 y = y.mean((2, 3))
             elif kind == "flatten":

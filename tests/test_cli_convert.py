@@ -312,15 +312,15 @@ def test_a_network_that_cannot_spike_is_refused_with_all_reasons(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("test_efficientnet")
-    torch.save(model.state_dict(), "test_efficientnet.pt")
-    assert run(["convert", "test_efficientnet.pt", "--json"]) == 3
+    model = timm.create_model("test_vit")
+    torch.save(model.state_dict(), "test_vit.pt")
+    assert run(["convert", "test_vit.pt", "--json"]) == 3
     found = output(capsys)
     assert found["schema"] == "snnconv.error/1"
     assert found["exit_code"] == 3
     assert len(found["problems"]) > 3
-    assert sorted(p.name for p in own_folder.iterdir()) == ["test_efficientnet.pt"]
-    assert run(["check", "test_efficientnet", "--json"]) == 3
+    assert sorted(p.name for p in own_folder.iterdir()) == ["test_vit.pt"]
+    assert run(["check", "test_vit", "--json"]) == 3
     checked = output(capsys)
     assert checked["schema"] == "snnconv.check/1"
     assert checked["verdict"] == "not convertible"

@@ -83,14 +83,11 @@ def test_there_is_one_neuron_per_activation_call(name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (nn.SiLU(), "SiLU"),
-        (nn.Sigmoid(), "Sigmoid"),
-        (nn.GELU(), "GELU"),
-        (nn.LeakyReLU(), "LeakyReLU"),
         (nn.GroupNorm(2, 4), "GroupNorm"),
-        (nn.ChannelShuffle(2), "ChannelShuffle"),
-        (lambda x: x * torch.sigmoid(x), "sigmoid"),
-        (lambda x: x * 2, "mul"),
+        (nn.LocalResponseNorm(2), "LocalResponseNorm"),
+        (nn.Hardshrink(), "Hardshrink"),
+        (lambda x: x.sin(), "sin"),
+        (lambda x: x * x.mean(1, keepdim=True), "product that broadcasts channels"),
         (lambda x: x.clamp(-1, 2), "clamp"),
         (lambda x: x.softmax(1), "softmax"),
     ],
@@ -105,7 +102,9 @@ def test_what_cannot_spike_is_refused_with_reason_and_remedy(body: object, reaso
 
 
 def test_all_reasons_are_given_at_once() -> None:
-    body = nn.Sequential(nn.SiLU(), nn.Conv2d(4, 4, 1), nn.GELU(), nn.Conv2d(4, 4, 1), nn.Tanh())
+    body = nn.Sequential(
+        nn.Hardshrink(), nn.Conv2d(4, 4, 1), nn.LogSigmoid(), nn.Conv2d(4, 4, 1), nn.Softmax2d()
+    )
     with pytest.raises(NotConvertibleError) as raised:
         convert(Calls(body), PREPROCESSING, calibration="bn")
     assert len(raised.value.problems) == 3

@@ -404,7 +404,7 @@ def test_a_new_training_forgets_the_state_of_another(tmp_path: Path) -> None:
 
 
 def test_clips_come_back_within_their_bounds_and_can_leave_them() -> None:
-    traced = trace(RandomNetwork(3), SIZE)
+    traced = trace(RandomNetwork(5), SIZE)
     plan = make_plan(traced)
     qann = fold(traced, plan)
     calibrate_(qann, [RANDOM.normalize(noise(RANDOM, 4))], 3)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snnconv.analog import emitted
 from snnconv.engine import scan
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
 from snnconv.engine.trace import Endpoint, Trace, check_images, check_schedule
-from snnconv.network import Image, Population, Readout, SpikingNetwork, count_dtype
+from snnconv.network import Image, Island, Population, Readout, SpikingNetwork, count_dtype
 from snnconv.neuron import initial_membrane
 from snnconv.ops import per_channel
 from snnconv.plan import Relay
@@ -63,6 +64,7 @@ class Engine:
         self.images = frozenset(n.name for n in network.nodes if isinstance(n, Image))
         self.neurons = frozenset(p.name for p in network.populations)
         self.last_use = last_uses(list(network.nodes))
+        self.worths = network.worths
 
     def charge(self, node: Population | Readout) -> Charge:
         """Return the linear part of a node, its weights converted when it is first asked for.
@@ -132,7 +134,7 @@ class Engine:
                 charges[node.name] = charge[0].long().reshape(len(pixels), *node.shape)
             elif isinstance(node, Image) or node.name not in self.hidden:
                 values[node.name] = self.end_value(node, values, pixels)
-                if isinstance(node, Population) or (maps and isinstance(node, Relay)):
+                if isinstance(node, Population) or (maps and isinstance(node, Relay | Island)):
                     ends[node.name] = values[node.name]
             for name in self.last_use.get(position, ()):
                 values.pop(name, None)
@@ -141,13 +143,16 @@ class Engine:
         )
 
     def end_value(
-        self, node: Image | Relay | Population, values: dict[str, Any], pixels: Tensor
+        self, node: Image | Relay | Population | Island, values: dict[str, Any], pixels: Tensor
     ) -> Any:
         """Return a node's counts in the end, `[1, N, ...]`, from those of the nodes it reads."""
         if isinstance(node, Image):
             return self.end_image(node, pixels)
         if isinstance(node, Relay):
             return self.map(node, [values[name] for name in node.inputs])
+        if isinstance(node, Island):
+            steps = torch.tensor([self.timesteps], device=self.device)
+            return self.island(node, [values[name] for name in node.inputs], steps)
         return self.settle(node, values)
 
     def end_image(self, node: Image, pixels: Tensor) -> Any:
@@ -211,6 +216,15 @@ class Engine:
         flat = [x.to(within).expand(steps, *x.shape[1:]).flatten(0, 1) for x in counts]
         result = relay(node, flat, self.limits[node.inputs[0]][0])
         return result.to(dtype).unflatten(0, (steps, -1))
+
+    def island(self, node: Island, inputs: list[Any], steps: Tensor) -> Tensor:
+        """Return what an island has emitted after it has been at work for `steps` `[steps]`."""
+        low, high = self.limits[node.name]
+        worths = [self.worths[name].to(steps.device) for name in node.inputs]
+        counts = [self.counts(value) for value in inputs]
+        unit = node.unit.to(steps.device)
+        found = emitted(node.function, node.attributes, counts, worths, steps, unit)
+        return found.to(course_dtype(low, high))
 
     def counts(self, value: Any) -> Tensor:
         """Return a node's counts `[steps, N, ...]`."""
@@ -366,7 +380,7 @@ class Simulation:
 
     def value(
         self,
-        node: Image | Relay | Population,
+        node: Image | Relay | Population | Island,
         values: dict[str, Any],
         steps: range,
         fired: Tensor,
@@ -379,6 +393,9 @@ class Simulation:
             return self.image(node)
         if isinstance(node, Relay):
             return self.engine.map(node, self._held(node, values, steps))
+        if isinstance(node, Island):
+            injected = self._injections(steps, node.depth)
+            return self.engine.island(node, [values[name] for name in node.inputs], injected)
         return self.scan(node, values, steps, fired)
 
     def _injections(self, steps: range, depth: int) -> Tensor:

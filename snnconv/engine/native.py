@@ -266,7 +266,9 @@ def _in_bytes(network: SpikingNetwork, limits: dict[str, tuple[int, int]]) -> se
     """Return the nodes whose counts are bytes: populations, and maps that keep to their inputs."""
     found = {p.name for p in network.populations}
     for node in network.nodes:
-        if isinstance(node, Relay) and node.op != "sum_pool" and found.issuperset(node.inputs):
+        if not isinstance(node, Relay) or node.op in ("sum_pool", "clamp"):
+            continue
+        if found.issuperset(node.inputs):
             lows = {limits[name][0] for name in node.inputs}
             if len(lows) == 1 and (node.op != "pad" or lows == {0}):
                 found.add(node.name)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from snnconv.analog import emitted
 from snnconv.engine import counts
 from snnconv.engine.trace import Trace, check_images, check_schedule
-from snnconv.network import Image, Population, Readout, SpikingNetwork
+from snnconv.network import Image, Island, Population, Readout, SpikingNetwork
 from snnconv.neuron import initial_membrane, step
 from snnconv.ops import per_channel, sum_pool
 from snnconv.plan import Relay
@@ -91,6 +92,12 @@ class _Simulation:
                 inputs = [self.counts[i] for i in node.inputs]
                 lowest = self.limits[node.inputs[0]][0]
                 self.counts[node.name] = relay(node, inputs, lowest)
+            elif isinstance(node, Island):
+                steps = torch.tensor([self.schedule.bias_steps(t, node.depth)])
+                inputs = [self.counts[name][None] for name in node.inputs]
+                worths = [self.network.worths[name] for name in node.inputs]
+                found = emitted(node.function, node.attributes, inputs, worths, steps, node.unit)
+                self.counts[node.name] = found[0].long()
             elif isinstance(node, Readout):
                 past = self.charges[node.name]
                 charge = self._current(node, t).view(self.images, *node.shape)

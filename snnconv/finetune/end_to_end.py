@@ -1,14 +1,15 @@
 """Fine-tuning of all layers together, by what the network says at T.
 
 Layer-wise fine-tuning mends every layer by itself, and what does not reach the outputs counts as
-much as what does. Here all layers learn at once from the divergence of the probabilities at T from
-those of the quantised ANN. The spiking network runs forward; backward the gradient is that of the
-quantised layers at the mean spike values, as in layer-wise fine-tuning (tandem learning: Wu et al.,
-arXiv 1907.01167).
+much as what does. Here all layers, the readout as well, learn at once from the divergence of the
+probabilities at T from those of the quantised ANN. The spiking network runs forward; backward the
+gradient is that of the quantised layers at the mean spike values, as in layer-wise fine-tuning
+(tandem learning: Wu et al., arXiv 1907.01167).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from snnconv.analog import compute
 from snnconv.engine import counts, prepare
 from snnconv.engine.linear import exact_arithmetic
 from snnconv.errors import UsageError
@@ -27,10 +29,12 @@ from snnconv.finetune.course import SCHEDULE, divided
 from snnconv.finetune.images import Images
 from snnconv.finetune.master import Master, Means, learnt, moved, with_learnt
 from snnconv.finetune.settings import FinetuneSettings, tunable
-from snnconv.network import Image, Population, Readout, SpikingNetwork
+from snnconv.network import Image, Island, Population, Readout, SpikingNetwork
 from snnconv.plan import Relay
 from snnconv.progress import Progress, silent
 from snnconv.quant import relay
+
+READOUT_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class EndToEndTuning:
         self.agreement, self.progress = agreement, progress
         self.readout = network.logits
         self.positions = tunable(network, settings.layers)
+        if fnmatch.fnmatchcase(self.readout.name, settings.layers):
+            self.positions.append(network.nodes.index(self.readout))
         self.engine = counts.Engine(network, network.timesteps, images.device)
         self.teacher = prepare(network, network.timesteps, device=self.engine.device.type)
         self.means = Means(network, images.device)
@@ -86,7 +92,7 @@ class EndToEndTuning:
                 self.masters[str(position)] = Master(
                     moved(node, self.engine.device),
                     self.means.values,
-                    network.weight_bits,
+                    READOUT_BITS if isinstance(node, Readout) else network.weight_bits,
                     weights=learns and not self.settings.bias_only,
                     bias=learns,
                 )
@@ -203,6 +209,8 @@ class EndToEndTuning:
     def _proxy(self, position: int, node: Any, means: dict[str, Tensor]) -> Tensor:
         if isinstance(node, Relay):
             return relay(node, [means[name] for name in node.inputs], averaged=True)
+        if isinstance(node, Island):
+            return compute(node.function, node.attributes, [means[name] for name in node.inputs])
         inputs = [means[synapse.source] for synapse in node.branches]
         proxy: Tensor = self._master(position).quantised(
             inputs, self.network.timesteps, self.network.rounding_offset

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.network import Image, Population, Readout, SpikingNetwork, Synapse
-from snnconv.normalize import count_values, times_inputs
+from snnconv.normalize import times_inputs
 from snnconv.ops import average_pool, per_channel
 from snnconv.quant import FakeQuantize, apply_weight
 
@@ -104,10 +104,7 @@ class Means:
         """Take what one count of each node is worth, `values`, `[C]`."""
         self.timesteps = network.timesteps
         self.images = {node.name for node in network.nodes if isinstance(node, Image)}
-        self.values = {
-            name: value.to(device)
-            for name, (value, _) in count_values(network.nodes, network.preprocessing).items()
-        }
+        self.values = {name: value.to(device) for name, value in network.worths.items()}
 
     def __call__(self, name: str, counted: Tensor) -> Tensor:
         """Return the means of counts `[N, C, ...]`; an image's are of one step."""

@@ -138,6 +138,8 @@ class Student(nn.Module):
                 layer.assign_(weights, bias)
             for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
                 layer.clip.copy_(log.exp())
+            for readout in self.qann.readouts():
+                readout.clip.fill_(math.nan)  # the range of its outputs is not known any more
             for key, log in self.log_shares.items():
                 index, j = map(int, key.split("_"))
                 self.layers[index][0].clip_shares[j] = log.exp()

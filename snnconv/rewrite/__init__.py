@@ -1,0 +1,44 @@
+"""Write a traced graph anew, in the few operations that the rest of the package knows.
+
+Networks say the same in many ways: a weight that is standardised in every pass is a constant, half
+of a split is a slice, a LeakyReLU is the difference of two ReLUs. Every pass here leaves what the
+graph computes as it is; `snnconv.graph.trace` holds the result against the model.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from snnconv.rewrite.arithmetic import arithmetic
+from snnconv.rewrite.constants import constants, sizes
+from snnconv.rewrite.in_place import in_place
+from snnconv.rewrite.islands import islands
+from snnconv.rewrite.leaky import leaky
+from snnconv.rewrite.modules import AFFINE, Neurons, Rearrangement
+from snnconv.rewrite.pools import pools
+from snnconv.rewrite.rearrangements import rearrangements
+from snnconv.rewrite.splits import splits
+from snnconv.rewrite.tools import Values
+
+__all__ = ["AFFINE", "Neurons", "Rearrangement", "Values", "rewrite"]
+
+# In this order; each takes the graph and its values, and returns whether it changed anything.
+CHANGES = (sizes, constants, splits, rearrangements, arithmetic, leaky, pools, islands)
+
+
+def rewrite(module: fx.GraphModule, example: Tensor) -> Values:
+    """Rewrite a graph in place; return the shapes of what it is then."""
+    in_place(module)
+    values = _cleaned(module, example)
+    for change in CHANGES:
+        if change(module, values):
+            values = _cleaned(module, example)
+    return values
+
+
+def _cleaned(module: fx.GraphModule, example: Tensor) -> Values:
+    """Drop what nobody reads, and run what is left."""
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return Values(module, example)

@@ -1,0 +1,40 @@
+"""Parts of a split are slices."""
+
+from __future__ import annotations
+
+import operator
+
+from torch import fx
+
+from snnconv.rewrite.tools import Values, argument, name_of
+
+SPLITS = ("split", "chunk", "tensor_split", "unbind", "split_with_sizes")
+
+
+def splits(module: fx.GraphModule, values: Values) -> bool:
+    """Write what is taken out of a split as the slice it is."""
+    changed = False
+    for node in list(module.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.target is not operator.getitem or not isinstance(source, fx.Node):
+            continue
+        if source.name not in values.parts or name_of(module, source) not in SPLITS:
+            continue
+        parts, index = values.parts[source.name], node.args[1]
+        whole = source.args[0]
+        if not isinstance(index, int) or not isinstance(whole, fx.Node):
+            continue
+        dims = len(values.shapes[whole.name]) + 1
+        axis = int(argument(source, 2, "dim", 0)) % dims
+        if axis == 0 or name_of(module, source) == "unbind":
+            continue
+        index %= len(parts)
+        first = sum(shape[axis] for shape in parts[:index])
+        bounds = [slice(None)] * axis + [slice(first, first + parts[index][axis])]
+        with module.graph.inserting_before(node):
+            new = module.graph.call_function(operator.getitem, (whole, tuple(bounds)))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+        changed = True
+    return changed

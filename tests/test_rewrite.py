@@ -1,0 +1,186 @@
+"""A graph that is rewritten computes what it did, in operations that can be converted."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import PREPROCESSING, images
+from torch import Tensor, nn
+
+from snnconv.errors import NotConvertibleError
+from snnconv.graph import trace
+from snnconv.operations import describe
+from snnconv.pipeline import check_equal, convert
+from snnconv.rewrite import AFFINE
+
+
+class Net(nn.Module):
+    """A convolution, a body, a head; the body gets the module itself for its parameters."""
+
+    def __init__(self, body: Callable[[Net, Tensor], Tensor], channels: int = 8) -> None:
+        super().__init__()
+        self.stem, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.gain, self.shift = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8, 1, 1))
+        self.register_buffer("kernel", torch.rand(8, 1, 3, 3))
+        self.register_buffer("mean", torch.randn(8))
+        self.register_buffer("variance", torch.rand(8) + 0.5)
+        self.scalar = nn.Parameter(torch.tensor(0.7))
+        self.body, self.head = body, nn.Linear(channels, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.body(self, x))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def standardised(net: Net, x: Tensor) -> Tensor:
+    weight = net.second.weight
+    spread, mean = torch.std_mean(weight, dim=(1, 2, 3), keepdim=True)
+    return F.conv2d(x, (weight - mean) / (spread + 1e-5), net.second.bias, padding=1)
+
+
+def normalised_weight(net: Net, x: Tensor) -> Tensor:
+    weight = net.second.weight
+    flat = F.batch_norm(
+        weight.reshape(1, 8, -1), None, None, weight=net.gain, training=True, momentum=0.0
+    )
+    return F.conv2d(x, flat.reshape_as(weight), None, padding=1)
+
+
+def split(net: Net, x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=1)
+    parts = torch.split(net.second(x), [2, 2, 4], 1)
+    return torch.cat([parts[-1], first, second[:, 2:], parts[0]], 1)
+
+
+def blurred(net: Net, x: Tensor) -> Tensor:
+    return F.conv2d(net.second(x), net.kernel, stride=2, groups=x.shape[1])
+
+
+def shaped(net: Net, x: Tensor) -> Tensor:
+    return F.avg_pool2d(net.second(x), (x.shape[2] // 2, x.size(-1) // 3))
+
+
+def shuffled(net: Net, x: Tensor) -> Tensor:
+    batch, channels, height, width = x.size()
+    x = x.view(batch, 2, channels // 2, height, width)
+    return net.second(torch.transpose(x, 1, 2).contiguous().view(batch, -1, height, width))
+
+
+def space_to_depth(net: Net, x: Tensor) -> Tensor:
+    x = net.second(x)
+    n, c, h, w = x.shape
+    x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(n, c * 4, h // 2, w // 2)
+
+
+BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
+    "standardised": (standardised, 8),
+    "normalised weight": (normalised_weight, 8),
+    "split": (split, 12),
+    "blurred": (blurred, 8),
+    "shaped": (shaped, 8),
+    "layer scale": (lambda n, x: x + n.second(x) * n.gain.view(1, -1, 1, 1), 8),
+    "shift": (lambda n, x: n.shift + n.second(x), 8),
+    "one for all": (lambda n, x: n.second(x) * n.scalar / 2 - 0.25, 8),
+    "from the right": (lambda n, x: 0.5 - n.second(x), 8),
+    "in place": (lambda n, x: n.second(x).mul_(0.5).add_(x), 8),
+    "difference": (lambda n, x: n.second(x) - x, 8),
+    "negative": (lambda n, x: -n.second(x), 8),
+    "batch norm": (
+        lambda n, x: F.batch_norm(n.second(x), n.mean, n.variance, n.gain, None, False), 8
+    ),
+    "maximum": (lambda n, x: n.second(x).amax((2, 3), keepdim=True), 8),
+    "mean": (lambda n, x: n.second(x).mean(dim=(-1, -2), keepdim=True), 8),
+    "reflected": (lambda n, x: n.second(F.pad(x, (1, 2, 0, 1), "reflect")), 8),
+    "border of a current": (lambda n, x: F.pad(n.second(x), (1, 1, 1, 1), "replicate"), 8),
+    "upsampled": (lambda n, x: n.second(F.interpolate(x, scale_factor=2)), 8),
+    "upsampled to a size": (lambda n, x: F.interpolate(n.second(x), (17, 30)), 8),
+    "upsampled and added": (
+        lambda n, x: x + F.interpolate(F.max_pool2d(n.second(x), 2), scale_factor=2), 8
+    ),
+    "leaky": (lambda n, x: n.second(F.leaky_relu(n.second(x), 0.2)), 8),
+    "leaky before a grouped layer": (
+        lambda n, x: F.conv2d(F.leaky_relu(n.second(x), 0.2), n.kernel, n.mean, groups=8), 8
+    ),
+    "leaky and added": (lambda n, x: F.leaky_relu(n.second(x)) + x, 8),
+    "one slope per channel": (lambda n, x: n.second(F.prelu(n.second(x), n.gain)), 8),
+    "leaky, then pooled": (
+        lambda n, x: n.second(F.max_pool2d(F.leaky_relu(n.second(x), 0.3), 2)), 8
+    ),
+    "leaky twice": (lambda n, x: F.leaky_relu(F.leaky_relu(n.second(x), 0.3), 0.5), 8),
+    "channels shuffled": (shuffled, 8),
+    "channels shuffled by torch": (lambda n, x: n.second(F.channel_shuffle(x, 4)), 8),
+    "pixels become channels": (lambda n, x: F.pixel_unshuffle(n.second(x), 2), 32),
+    "space to depth": (space_to_depth, 32),
+    "turned": (lambda n, x: n.second(x.transpose(2, 3)), 8),
+    "counts times a constant": (lambda n, x: n.second(x * n.gain.abs().view(-1, 1, 1)), 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_what_is_rewritten_converts_and_is_verified(name: str) -> None:
+    torch.manual_seed(0)
+    body, channels = BODIES[name]
+    model = Net(body, channels).eval()
+    pixels = images(6, 2)
+    expected = model(PREPROCESSING.normalize(pixels))
+    traced = trace(model, PREPROCESSING.input_size)
+    torch.testing.assert_close(traced.module(PREPROCESSING.normalize(pixels)), expected)
+    conversion = convert(model, PREPROCESSING, [images(8, 1)], timesteps=6)
+    assert check_equal(conversion, pixels)[0].equal
+    torch.testing.assert_close(
+        conversion.qann(PREPROCESSING.normalize(pixels))["logits"], expected, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_a_parameter_that_is_used_as_it_is_stays_the_one_it_is() -> None:
+    model = Net(lambda n, x: F.conv2d(x, n.second.weight, n.second.bias, padding=1)).eval()
+    traced = trace(model, PREPROCESSING.input_size).module
+    modules = [m for m in traced.modules() if isinstance(m, nn.Conv2d)]
+    shared = [m for m in modules if m.weight is traced.get_parameter("second.weight")]
+    assert len(shared) >= 1
+
+
+@pytest.mark.parametrize(
+    ("body", "channels"),
+    [
+        (lambda n, x: n.second(x.reshape(x.shape[0], 12, 8, 12).transpose(1, 2)), 8),
+        (lambda n, x: F.pixel_shuffle(n.second(x), 2), 2),
+    ],
+)
+def test_channels_that_are_mixed_are_refused(
+    body: Callable[[Net, Tensor], Tensor], channels: int
+) -> None:
+    model = Net(body, channels).eval()
+    with pytest.raises(NotConvertibleError, match="cannot be converted"):
+        convert(model, PREPROCESSING, calibration="bn")
+
+
+def test_what_depends_on_the_batch_is_left() -> None:
+    model = Net(lambda n, x: n.second(x) * x.shape[0]).eval()
+    traced = trace(model, PREPROCESSING.input_size)
+    kinds = [describe(traced, node).kind for node in traced.module.graph.nodes]
+    assert "unsupported" in kinds
+
+
+def test_an_affine_tells_no_statistics() -> None:
+    model = Net(BODIES["layer scale"][0]).eval()
+    traced = trace(model, PREPROCESSING.input_size)
+    assert any(isinstance(m, AFFINE) for m in traced.module.modules())
+    conversion = convert(model, PREPROCESSING, None, timesteps=4, calibration="bn")
+    branches = [b for layer in conversion.qann.weighted() for b in layer.branches]
+    assert all(branch.statistics is None for branch in branches)
+
+
+def test_modules_are_named_by_where_they_stand() -> None:
+    model = nn.Sequential(
+        OrderedDict(block=Net(standardised), scale=nn.Identity(), act=nn.ReLU())
+    ).eval()
+    traced = trace(model, PREPROCESSING.input_size)
+    paths = [traced.path(n) for n in traced.module.graph.nodes]
+    assert "block.conv2d" in paths
