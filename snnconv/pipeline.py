@@ -15,7 +15,7 @@ from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import TRACE_TOLERANCE, Traced, difference, flatten_outputs, trace
-from snnconv.network import SpikingNetwork
+from snnconv.network import Island, SpikingNetwork
 from snnconv.normalize import integerize, without_shortcut_normalization
 from snnconv.plan import ConversionPlan, make_plan
 from snnconv.preprocess import Preprocessing
@@ -158,4 +158,7 @@ def float_qann(model: nn.Module, network: SpikingNetwork) -> Qann:
         raise UsageError("the ANN has other layers than the network the checkpoint was made from")
     for name, layer in layers.items():
         layer.clip.copy_(clips[name])
+    units = {n.name: n.unit for n in network.nodes if isinstance(n, Island)}
+    for island in qann.islands():
+        island.unit.copy_(units[island.name])
     return qann

@@ -22,7 +22,7 @@ from snnconv.engine.reference import Engine as Reference
 from snnconv.errors import NotConvertibleError, NotEqualError
 from snnconv.graph import trace
 from snnconv.network import Island
-from snnconv.pipeline import Conversion, check_equal, convert
+from snnconv.pipeline import Conversion, check_equal, convert, float_qann
 from snnconv.plan import make_plan
 
 
@@ -131,6 +131,16 @@ def test_islands_are_stored(tmp_path: Path) -> None:
     pixels = images(4, 3)
     courses = [simulate(n, pixels, n.timetable()) for n in (network, again)]
     assert torch.equal(courses[0].charges["logits"], courses[1].charges["logits"])
+
+
+def test_the_float_qann_has_the_same_bounds() -> None:
+    conversion = converted("squeezed")
+    torch.manual_seed(0)
+    qann = float_qann(Net(BODIES["squeezed"]).eval(), conversion.network)
+    pixels = PREPROCESSING.normalize(images(4, 5)) * 50
+    for timesteps in (None, 6):
+        expected = conversion.qann(pixels, timesteps)["logits"]
+        assert torch.equal(qann(pixels, timesteps)["logits"], expected)
 
 
 def test_a_wrong_island_is_found() -> None:
