@@ -35,6 +35,7 @@ def measure_ann(
     from snnconv.load import load_model
     from snnconv.measure import top1_percents
     from snnconv.pipeline import float_qann
+    from snnconv.replace import replace_activations
 
     if not network.model:
         raise UsageError("--ann: the checkpoint does not say which network it was made from")
@@ -50,7 +51,10 @@ def measure_ann(
     (readout,) = network.readouts
     forwards = {"ann": lambda pixels: model(normalize(pixels))}
     if not network.provenance.get("retraining"):
-        qann = float_qann(loaded.model, network).to(device)
+        qann_of = loaded.model
+        if network.provenance.get("replaced_activations"):
+            qann_of, _ = replace_activations(qann_of)
+        qann = float_qann(qann_of, network).to(device)
 
         def quantised(pixels: Any) -> Any:
             outputs = qann(normalize(pixels), timetable.timesteps, offset=network.rounding_offset)

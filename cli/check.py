@@ -16,12 +16,14 @@ NOT_CONVERTIBLE = 3
 )
 @source_argument
 @network_options
+@options.replace_option
 @options.strict_option
 @options.json_option
 @options.verbosity_options
 def command(
     source: str,
     network: NetworkOptions,
+    replace_activations: str | None,
     strict: bool,
     as_json: bool,
     verbose: bool,
@@ -33,7 +35,7 @@ def command(
     sum of spikes, computed apart) or unsupported; -v lists them all. A timm name is built with
     random weights, nothing is fetched. Exit code 3 if the network cannot be converted.
     """
-    from snnconv import __version__
+    from snnconv import __version__, replace
     from snnconv.errors import NotConvertibleError
     from snnconv.folding import fold
     from snnconv.graph import trace
@@ -41,9 +43,12 @@ def command(
     from snnconv.plan import ConversionPlan, make_plan
 
     loaded = network.load(source, pretrained=False)
+    model, replaced = loaded.model, dict[str, int]()
+    if replace_activations is not None:
+        model, replaced = replace.replace_activations(model)
     plan = ConversionPlan([], [], {})
     try:
-        traced = trace(loaded.model, loaded.preprocessing.input_size)
+        traced = trace(model, loaded.preprocessing.input_size)
         plan = make_plan(traced)
         check_fold(traced, fold(traced, plan))
         plan.require_convertible(strict=strict)
@@ -55,6 +60,7 @@ def command(
         "version": __version__,
         "source": source,
         "model": {"name": loaded.name, "args": loaded.model_args},
+        "replaced_activations": replaced,
         **plan.to_dict(),
         "verdict": "not convertible" if problems else "convertible",
         "problems": problems,
@@ -74,6 +80,7 @@ def _print(contents: dict[str, Any], verbose: bool) -> None:
     roles = Counter(n["role"] for n in nodes)
     summary = [
         ("verdict", contents["verdict"]),
+        *options.replaced_row(contents["replaced_activations"]),
         ("nodes", ", ".join(f"{count} {role}" for role, count in roles.most_common())),
         (
             "spiking",

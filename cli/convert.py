@@ -113,6 +113,7 @@ def parse_drain(text: str) -> int | None:
     help="Weigh a spike that takes a shortcut by its own threshold; without, by that of where it "
     "ends, to see the difference.",
 )
+@options.replace_option
 @options.strict_option
 @click.option(
     "--schedule",
@@ -149,6 +150,7 @@ def command(
     initial_membrane: str | None,
     compensation: str,
     shortcut_normalization: bool,
+    replace_activations: str | None,
     strict: bool,
     schedule: str,
     drain: str,
@@ -201,7 +203,7 @@ def command(
     files = TrainFiles.beside(path)
     settings = training.settings(recipe)
 
-    from snnconv import __version__, checkpoint, distributed
+    from snnconv import __version__, checkpoint, distributed, replace
     from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.data import choose_indices
     from snnconv.normalize import with_settings
@@ -213,6 +215,7 @@ def command(
     train = test = None
     indices: Any = None
     accuracies: dict[str, Any] = {}
+    after: dict[str, Any] | None = None
     if data is not None:
         count = 0 if calibration == "bn" else calibration_images
         train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
@@ -258,6 +261,9 @@ def command(
         def batches() -> Any:
             return _batches(train, loaded, indices, progress) if train and calibrated_on else None
 
+        model, replaced = loaded.model, dict[str, int]()
+        if replace_activations is not None:
+            model, replaced = replace.replace_activations(model)
         retrain = None
         if settings is not None and train is not None:
             retrain = retrainer(
@@ -271,13 +277,14 @@ def command(
                 initial_membrane=initial_membrane,
                 images=batches,
                 calibration=how_calibrated,
+                replaced=replaced,
                 seed=seed,
                 device=place,
                 progress=progress,
                 quiet=quiet,
             )
         conversion = convert(
-            loaded.model,
+            model,
             loaded.preprocessing,
             batches(),
             timesteps=timesteps,
@@ -298,6 +305,7 @@ def command(
                 "version": __version__,
                 "epochs": 0 if settings is None else settings.epochs,
                 "calibration": how_calibrated,
+                "replaced_activations": replaced,
             },
         )
         processes = distributed.size()
@@ -306,7 +314,11 @@ def command(
         progress("verify", 1, 1)
         if test is not None:
             chosen = choose_indices(len(test), limit, seed)
-            described["ann"] = _measure_ann(conversion, loaded, test, chosen, place, progress)
+            described["ann"] = _measure_ann(
+                conversion, loaded.model, loaded, test, chosen, place, progress
+            )
+            if replaced:
+                after = _measure_ann(conversion, model, loaded, test, chosen, place, progress)
             if described["ann"] is not None:
                 described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
             if retrain is not None:
@@ -330,6 +342,7 @@ def command(
         "weight_bits": weight_bits,
         "data": None if train is None else train.name,
         "calibration": how_calibrated,
+        "replaced_activations": {"count": replaced, "ann": after} if replaced else None,
         "shortcut_normalization": shortcut_normalization,
         "compensation": spiking.provenance["compensation"],
         "retraining": files.described(spiking.provenance["retraining"]),
@@ -410,18 +423,19 @@ def _held_out(
 
 def _measure_ann(
     conversion: Conversion,
+    model: torch.nn.Module,
     loaded: LoadedModel,
     test: ImageData,
     chosen: Any,
     place: str,
     progress: console.Progress,
 ) -> dict[str, Any] | None:
-    """Return the ANN's accuracy, and on which images; None if it is no classifier."""
+    """Return the accuracy of an ANN, and on which images; None if it is no classifier."""
     from snnconv.measure import top1_percents
 
     if conversion.network.logits is None:
         return None
-    model, preprocessing = loaded.model.to(place), loaded.preprocessing
+    model, preprocessing = model.to(place), loaded.preprocessing
     measured = top1_percents(
         {"ann": lambda pixels: model(preprocessing.normalize(pixels))},
         test,
@@ -527,9 +541,13 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
         ("input", describe_input(contents["preprocessing"], model["channels"])),
         ("clips", f"{' '.join(map(str, clips))}, from {source}"),
     ]
+    if (exchanged := contents["replaced_activations"]) is not None:
+        rows += options.replaced_row(exchanged["count"])
     if model["ann"] is not None:
         ann = model["ann"]
         rows.append(("ANN", f"{ann['top1_percent']:.2f} % top-1 of {ann['images']} test images"))
+        if exchanged is not None:
+            rows.append(("ANN with ReLU", f"{exchanged['ann']['top1_percent']:.2f} % top-1"))
     if trained is not None:
         how = trained["settings"]
         rows.insert(

@@ -204,11 +204,23 @@ def check_settings(settings: dict[str, Any], commands: Iterable[str]) -> None:
     refuse_unknown(SETTINGS_FILE, settings, [*SHARED_SETTINGS, *commands])
 
 
+replace_option = click.option(
+    "--replace-activations",
+    type=click.Choice(["relu"]),
+    help="Put ReLU in place of SiLU, GELU, LeakyReLU and the like; the network needs retraining.",
+)
 strict_option = click.option(
     "--strict",
     is_flag=True,
     help="Refuse networks with functions that are no sums of spikes (gates, SiLU and the like).",
 )
+
+
+def replaced_row(replaced: dict[str, int]) -> list[tuple[str, str]]:
+    """Return a row of a table that says what has become ReLU, if anything has."""
+    if not replaced:
+        return []
+    return [("now ReLU", ", ".join(f"{count} {name}" for name, count in replaced.items()))]
 
 
 def require_data(data: str | None) -> str:

@@ -163,6 +163,7 @@ def retrainer(
     initial_membrane: str,
     images: Callable[[], Iterable[Any] | None],
     calibration: dict[str, Any],
+    replaced: dict[str, int],
     seed: int,
     device: str,
     progress: Progress,
@@ -170,7 +171,8 @@ def retrainer(
 ) -> Retrain:
     """Return the function that retrains a calibrated network in place.
 
-    `images` gives the pixels to calibrate on, `calibration` says how, as plain JSON values.
+    `images` gives the pixels to calibrate on, `calibration` says how, as plain JSON values;
+    `replaced` are the activations that have become ReLU.
     """
     from snnconv import __version__
     from snnconv.calibrate import DEFAULT_PERCENTILE
@@ -197,6 +199,7 @@ def retrainer(
         "labels_sha256": hashlib.sha256(data.labels.tobytes()).hexdigest(),
         "data_sha256": data.sha256(choose_indices(len(data), HASHED_IMAGES, seed)),
         "calibration": calibration,
+        "replaced_activations": replaced,
     }
     return functools.partial(
         retrain,

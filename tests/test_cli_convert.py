@@ -10,9 +10,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
 
 from snnconv.checkpoint import load_network
 from snnconv.cli.main import run
+from snnconv.replace import replace_activations
 
 DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "--epochs", "0", "--quiet"]
 EVALUATION_KEYS = {
@@ -381,3 +383,37 @@ def test_eval_does_not_overwrite_what_is_not_its_own(
     Path("digits.T7-drain-signed-limit9.eval.json").write_text("notes")
     assert run(base) == 2
     assert "--force" in capsys.readouterr().err
+
+
+def test_smooth_activations_may_become_relu(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_efficientnet", num_classes=4)
+    torch.save(model.state_dict(), "test_efficientnet.pt")
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        pixels = generator.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
+        np.savez(f"{split}.npz", images=pixels, labels=np.arange(24) % 4)
+    command = ["convert", "test_efficientnet.pt", "-m", "num_classes=4", "--image-size", "32"]
+    command += ["--data", ".", "--epochs", "0", "-T", "5", "--json", "-q"]
+    assert run([*command, "--replace-activations", "relu"]) == 0
+    found = output(capsys)
+    replaced = found["replaced_activations"]
+    assert replaced["count"] == {"SiLU": 11} and replaced["ann"]["images"] == 24
+    analog = {n["operation"] for n in found["nodes"] if n["role"] == "analog"}
+    assert analog == {"Sigmoid", "mul"} and found["verification"]["equal"]
+    assert run(["eval", "--data", ".", "--ann", "test_efficientnet.pt", "--json", "-q"]) == 0
+    assert output(capsys)["qann_float"] is not None
+    assert run([*command, "--force"]) == 0
+    assert output(capsys)["replaced_activations"] is None
+
+
+def test_activations_are_replaced_in_a_copy() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GELU(), nn.Sequential(nn.Mish(), nn.Sigmoid()))
+    changed, found = replace_activations(model)
+    assert found == {"GELU": 1, "Mish": 1}
+    assert [type(m) for m in changed.modules()].count(nn.ReLU) == 2
+    assert isinstance(changed[2][1], nn.Sigmoid) and isinstance(model[1], nn.GELU)
+    alone, found = replace_activations(nn.SiLU())
+    assert isinstance(alone, nn.ReLU) and found == {"SiLU": 1}

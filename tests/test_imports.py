@@ -20,7 +20,7 @@ LAYERS = [
     {"errors", "progress", "preprocess", "ops", "distributed"},
     {"recipe", "analog"},
     {"rewrite"},
-    {"graph", "load"},
+    {"graph", "load", "replace"},
     {"operations"},
     {"plan"},
     {"folding", "quant"},
