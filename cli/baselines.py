@@ -33,17 +33,14 @@ def compare(
 
     from snnconv import __version__, distributed, measure, report
     from snnconv.checkpoint import load_network
-    from snnconv.data import choose_indices, open_held_out
+    from snnconv.data import choose_indices
 
     networks = {path.name: load_network(path) for path, _ in found}
     if len(networks) < len(found):
         raise UsageError("two of the checkpoints have the same name; a table needs different ones")
     first = next(iter(networks.values()))
     place = options.resolve_device(device)
-    calibrated_on = first.provenance.get("calibration", {}).get("on")
-    images = open_held_out(where, split, calibrated_on)
-    if images.note:
-        console.note(images.note, quiet)
+    images = options.open_for(first, where, split, quiet)
     settings = [f"T{timesteps}"] if timesteps else []
     settings += [split] if split != "test" else []
     settings += [f"limit{limit}"] if limit else []

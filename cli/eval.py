@@ -151,7 +151,7 @@ def command(
 
     from snnconv import distributed, report
     from snnconv.checkpoint import load_network
-    from snnconv.data import choose_indices, open_held_out
+    from snnconv.data import choose_indices
     from snnconv.measure import evaluate
     from snnconv.normalize import with_settings
 
@@ -168,10 +168,7 @@ def command(
             quiet,
         )
     place = options.resolve_device(device)
-    calibrated_on = network.provenance.get("calibration", {}).get("on")
-    images = open_held_out(where, split, calibrated_on)
-    if images.note:
-        console.note(images.note, quiet)
+    images = options.open_for(network, where, split, quiet)
     report_path = output or report.default_path(
         named, "eval", _settings(network, timetable, split, limit)
     )

@@ -122,7 +122,6 @@ def command(
 
     from snnconv import __version__, report
     from snnconv.checkpoint import SUFFIX, load_network, save_network, sha256
-    from snnconv.data import open_held_out
     from snnconv.finetune import FinetuneSettings, Finetuning
     from snnconv.normalize import with_settings
 
@@ -147,10 +146,9 @@ def command(
         **{k: v for k, v in chosen.items() if v is not None},
     )
     place = options.resolve_device(device)
-    calibrated_on = network.provenance.get("calibration", {}).get("on")
-    train = open_held_out(where, "train", calibrated_on)
+    train = options.open_for(network, where, "train", quiet=True)
     if train.note:
-        _refuse_to_learn_the_test(train, open_held_out(where, "test", calibrated_on))
+        _refuse_to_learn_the_test(train, options.open_for(network, where, "test", quiet=True))
         console.note(train.note, quiet)
     with console.progress(quiet) as progress:
         tuning = Finetuning(network, train, settings, seed=seed, device=place, progress=progress)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
@@ -18,6 +18,9 @@ from click.shell_completion import CompletionItem
 from snnconv.errors import UsageError, refuse_unknown, suggestion
 
 from . import console
+
+if TYPE_CHECKING:
+    from snnconv.data import ImageData
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -214,6 +217,17 @@ strict_option = click.option(
     is_flag=True,
     help="Refuse networks with functions that are no sums of spikes (gates, SiLU and the like).",
 )
+
+
+def open_for(network: Any, where: str, split: str, quiet: bool) -> ImageData:
+    """Open a split for a spiking network, without what calibrated it; say how it was divided."""
+    from snnconv.data import open_held_out
+
+    calibrated_on = network.provenance.get("calibration", {}).get("on")
+    images = open_held_out(where, split, calibrated_on)
+    if images.note:
+        console.note(images.note, quiet)
+    return images
 
 
 def replaced_row(replaced: dict[str, int]) -> list[tuple[str, str]]:

@@ -174,7 +174,7 @@ class Layer(nn.Module):
 class Island(nn.Module):
     """A function that is no sum of spikes, and what an integer of it is worth, `unit` `[C]`.
 
-    `unit` is unset (NaN) until calibrated.
+    `unit` is infinite until calibrated, and so bounds nothing.
     """
 
     unit: Tensor
@@ -185,13 +185,13 @@ class Island(nn.Module):
         self.name, self.path, self.shape = planned.name, planned.path, planned.shape
         self.function, self.attributes = planned.function, planned.attributes
         self.inputs = planned.inputs
-        self.register_buffer("unit", torch.full((self.shape[0],), float("nan")))
+        self.register_buffer("unit", torch.full((self.shape[0],), float("inf")))
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
-        """Return the function of activations `[N, C, ...]`, bounded once it is calibrated."""
+        """Return the function of activations `[N, C, ...]`, within its bounds."""
         result = compute(self.function, self.attributes, inputs)
         bound = per_channel(LARGEST * self.unit, result.ndim).to(result.dtype)
-        return result.clamp(-bound, bound) if not bool(self.unit[0].isnan()) else result
+        return result.clamp(-bound, bound)
 
 
 class Qann(nn.Module):
