@@ -93,7 +93,7 @@ def _counts_engine(device: str) -> dict[str, str | None]:
     try:
         import torch
 
-        from snnconv.engine import scan
+        from snnconv.engine import gpu
         from snnconv.engine.linear import bytes_multiply
 
         place = torch.device(device)
@@ -102,7 +102,7 @@ def _counts_engine(device: str) -> dict[str, str | None]:
         return dict.fromkeys(("int8", "triton"), _explain(error))
     return {
         "int8": None if multiply else "torch has no exact product of int8 matrices there",
-        "triton": scan.unavailable(place),
+        "triton": gpu.unavailable(place),
     }
 
 

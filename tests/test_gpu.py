@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,18 @@ import pytest
 import torch
 from networks import NETWORKS, converted, images
 from random_networks import RandomNetwork
+from test_end_to_end import CLASSIFIERS
 from test_engine import SCHEDULES, differences
+from test_finetune import data
+from test_islands import BODIES
+from test_islands import converted as with_islands
 from test_train import RANDOM, Digits, noise
 
-from snnconv.engine import counts, endpoint, reference, scan, simulate
+from snnconv.checkpoint import save_network
+from snnconv.cli.main import run
+from snnconv.engine import counts, endpoint, gpu, reference, simulate
 from snnconv.engine.linear import bytes_multiply
+from snnconv.finetune import FinetuneSettings, tune
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import with_settings
 from snnconv.pipeline import convert
@@ -72,7 +80,7 @@ def test_fast_ways_are_taken_and_their_absence_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     place = torch.device("cuda")
-    if (reason := scan.unavailable(place)) is not None:
+    if (reason := gpu.unavailable(place)) is not None:
         pytest.skip(reason)
     assert bytes_multiply(place)
     network, pixels = converted("residual").network, images(5)
@@ -80,7 +88,7 @@ def test_fast_ways_are_taken_and_their_absence_changes_nothing(
     found = engine.endpoint(pixels.cuda())
     assert {engine.charge(p).dtype for p in network.populations} == {torch.int32}
     assert sum(b is not None for p in network.populations for b in engine.charge(p).in_bytes) > 5
-    monkeypatch.setattr(scan, "unavailable", lambda device: "not wanted")
+    monkeypatch.setattr(gpu, "unavailable", lambda device: "not wanted")
     monkeypatch.setattr("snnconv.engine.linear.bytes_multiply", lambda device: False)
     require_equal(network, images(5), 5)
     plain = endpoint(network, pixels.cuda(), 5)
@@ -98,3 +106,34 @@ def test_retraining_on_a_gpu_learns_and_ends_with_the_same_bytes(tmp_path: Path,
     assert set(one.training.captured.values()) != {None}
     two.run(device="cuda")
     assert one.bytes() == two.bytes() and one.metrics() == two.metrics()
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_islands_too(name: str) -> None:
+    require_equal(with_islands(name).network, images(5), 6, [{"name": "paper"}, {"name": "drain"}])
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_fine_tuning_on_a_gpu_ends_with_the_same_bytes(tmp_path: Path, name: str) -> None:
+    network = converted(name).network
+    settings = FinetuneSettings(epochs_per_layer=1, epochs=1, batch_size=16, lr=0.3)
+    files = [tmp_path / f"{k}.safetensors" for k in "ab"]
+    for file in files:
+        tuned = tune(network, data(), settings, device="cuda")
+        save_network(tuned, file)
+        require_equal(tuned, images(5), 5, [{"name": "paper"}])
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_commands_take_the_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {k: str(tmp_path / f"{k}.snn.safetensors") for k in ("converted", "tuned")}
+    source = ["--data", "zoo:digits", "--quiet"]
+    assert run(["convert", "zoo:digits", *source, "-T", "3", "-o", names["converted"]]) == 0
+    assert run(["finetune", names["converted"], "--layerwise", *source, "-o", names["tuned"]]) == 0
+    for engine in ("counts", "reference"):
+        capsys.readouterr()
+        assert run(["eval", names["tuned"], *source, "--engine", engine, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        if engine == "counts":
+            first = found
+    assert first["snn"] == found["snn"]

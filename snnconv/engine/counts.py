@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from snnconv.analog import emitted
-from snnconv.engine import scan
+from snnconv.engine import gpu
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
 from snnconv.engine.trace import Endpoint, Trace, check_images, check_schedule
 from snnconv.network import Image, Island, Population, Readout, SpikingNetwork, count_dtype
@@ -56,7 +56,7 @@ class Engine:
         self.device = torch.device(device)
         self.limits = network.count_limits(timesteps)
         # The membrane's type is int32 where one kernel scans a block of steps.
-        self.scans = scan.unavailable(self.device) is None
+        self.scans = gpu.unavailable(self.device) is None
         self._charges: dict[str, Charge] = {}
         self._rows: dict[str, tuple[Population, Tensor]] = {}
         # Maps nobody reads, for those behind them read what is before.
@@ -494,7 +494,7 @@ class Simulation:
         """Do the same with one kernel."""
         injected = [self.schedule.bias_steps(t, node.depth) for t in steps]
         timetable = torch.tensor([injected, active], dtype=torch.int32, device=self.device)
-        return scan.scan(
+        return gpu.scan(
             self.arrived(node, values, steps),
             timetable,
             self.engine.rows(node),

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snnconv.engine import gpu
 from snnconv.errors import SnnconvError
 from snnconv.network import Population, Readout, Synapse, charge_bounds, membrane_bound
 from snnconv.ops import per_channel, sum_pool
@@ -110,8 +111,10 @@ class _ByteConvolution:
         left, right, above, below = synapse.attributes.get("padding", (0, 1, 0, 0))
         return synapse.kind == "conv" and (left, above) == (right, below)
 
-    def __init__(self, synapse: Synapse, device: torch.device) -> None:
-        """Pack the weights."""
+    shifted = False
+
+    def __init__(self, synapse: Synapse, device: torch.device, shift: bool = False) -> None:
+        """Pack the weights; shifting is left to others."""
         attributes, rows = synapse.attributes, len(synapse.weight)
         left, _, above, _ = attributes["padding"]
         self.scales, self.zeros = torch.ones(rows), torch.zeros(rows, dtype=torch.int32)
@@ -136,9 +139,9 @@ class _ByteConvolution:
 
 
 class _ByteProduct:
-    """A linear map of counts from -128 to 127 as a product of int8 matrices, in int32.
+    """A linear map of counts from -128 to 127, in int32; on GPUs it runs on tensor cores.
 
-    A convolution's windows become the rows of a matrix. On GPUs this runs on tensor cores.
+    Where our kernel does not run, a convolution's windows become the rows of a matrix.
     """
 
     lowest, highest = -128, 127
@@ -150,8 +153,11 @@ class _ByteProduct:
         """Return whether the synapse is a linear map of all channels at once."""
         return synapse.kind == "linear" or synapse.attributes.get("groups") == 1
 
-    def __init__(self, synapse: Synapse, device: torch.device) -> None:
-        """Lay the weights out, with zeros up to a multiple of what is asked."""
+    def __init__(self, synapse: Synapse, device: torch.device, shift: bool = False) -> None:
+        """Lay the weights out, with zeros up to a multiple of what is asked.
+
+        To `shift` the results on the way is only done by our kernel; `shifted` says whether.
+        """
         self.attributes = synapse.attributes
         weight = synapse.weight.to(device)
         self.kernel = tuple(weight.shape[2:])
@@ -159,9 +165,16 @@ class _ByteProduct:
         self.rows, self.columns = weight.shape
         missing = [-n % self.MULTIPLE for n in (self.columns, self.rows)]
         self.weight = F.pad(weight, (0, missing[0], 0, missing[1])).contiguous().t()
+        self.convolution, self.shifted = None, False
+        if self.kernel and gpu.unavailable(device) is None:
+            self.shifted = shift
+            shifts = synapse.shift * int(shift)
+            self.convolution = gpu.Convolution(synapse.weight, shifts, self.attributes, device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `[N, C, H, W]` or `[N, F]`; the channels of the result are last in memory."""
+        if self.convolution is not None:
+            return self.convolution(x.to(torch.int8))
         x = x.to(torch.int8).movedim(1, -1)
         windows = self._windows(x) if self.kernel else x
         lead = windows.shape[: 3 if self.kernel else 1]
@@ -229,9 +242,6 @@ class Charge:
             bound = int(charge_bounds(synapse, low, high).max())
             dtype = self.dtype if synapse.kind == "scale" else exact_dtype(max(bound, -low, high))
             weight = synapse.weight.to(device, dtype)
-            factor = torch.exp2(synapse.shift.float()).to(device, self.dtype)
-            plain = not bool(synapse.shift.any())
-            self.branches.append((synapse, weight, None if plain else factor))
             suits = (
                 kind is not None
                 and kind.takes(synapse)
@@ -240,7 +250,12 @@ class Charge:
                 and bound < EXACT_FLOAT32
                 and bytes_multiply(device)
             )
-            self.in_bytes.append(kind(synapse, device) if kind and suits else None)
+            at_once = self.dtype == torch.int32 and not synapse.pools
+            in_bytes = kind(synapse, device, at_once) if kind and suits else None
+            self.in_bytes.append(in_bytes)
+            plain = not bool(synapse.shift.any()) or (in_bytes is not None and in_bytes.shifted)
+            factor = torch.exp2(synapse.shift.float()).to(device, self.dtype)
+            self.branches.append((synapse, weight, None if plain else factor))
 
     def current(self, index: int, x: Tensor) -> Tensor:
         """Return `(W * x) << m` of one branch; `x` is `[..., C, H, W]` or `[..., F]` counts.

@@ -1,4 +1,4 @@
-"""Kernels for GPUs, in Triton. Importing this module needs Triton; `snnconv.engine.scan` asks."""
+"""Kernels for GPUs, in Triton. Importing this module needs Triton; `snnconv.engine.gpu` asks."""
 
 import triton
 import triton.language as tl
@@ -24,7 +24,7 @@ def fire(
     SIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Let BLOCK neurons of one image fire through STEPS steps; see `snnconv.engine.scan.scan`.
+    """Let BLOCK neurons of one image fire through STEPS steps; see `snnconv.engine.gpu.scan`.
 
     The grid is images by blocks of the `size` neurons of an image, whose channels are last.
     """
@@ -54,3 +54,58 @@ def fire(
         count += spikes
         tl.atomic_add(fired + step * images + image, tl.sum(emitted))
         tl.store(counts + step * plane + place, count.to(counts.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def convolve(
+    x,
+    weight,
+    factor,
+    out,
+    positions,
+    height,
+    width,
+    out_height,
+    out_width,
+    rows,
+    stride_h,
+    stride_w,
+    above,
+    left,
+    dilation_h,
+    dilation_w,
+    CHANNELS: tl.constexpr,
+    WIDE: tl.constexpr,
+    TAPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Convolve bytes for BLOCK_M of `positions` (images by rows by columns) and BLOCK_N rows.
+
+    `x` is int8 `[N, H, W, C]`, `out` int32 `[N, H', W', O]`. `weight` is int8 `[kh kw C, O]`, with
+    zeros up to multiples of BLOCK_K and BLOCK_N; a kernel is WIDE columns wide and has TAPS pixels.
+    Sums are multiplied by `factor`, int32 `[O]`.
+    """
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    within = m < positions
+    image = (m // (out_height * out_width)).to(tl.int64) * height * width * CHANNELS
+    row = (m // out_width) % out_height * stride_h - above
+    column = m % out_width * stride_w - left
+    columns = (rows + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, TAPS * CHANNELS, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        tap = k // CHANNELS
+        at_row = row[:, None] + (tap // WIDE * dilation_h)[None, :]
+        at_column = column[:, None] + (tap % WIDE * dilation_w)[None, :]
+        inside = (at_row >= 0) & (at_row < height) & (at_column >= 0) & (at_column < width)
+        inside &= within[:, None] & (tap < TAPS)[None, :]
+        place = (at_row * width + at_column) * CHANNELS + (k % CHANNELS)[None, :]
+        counts = tl.load(x + image[:, None] + place, mask=inside, other=0)
+        weights = tl.load(weight + k[:, None] * columns + n[None, :])
+        total += tl.dot(counts, weights, out_dtype=tl.int32)
+    total *= tl.load(factor + n, mask=n < rows, other=0)[None, :]
+    place = m.to(tl.int64)[:, None] * rows + n[None, :]
+    tl.store(out + place, total, mask=within[:, None] & (n < rows)[None, :])

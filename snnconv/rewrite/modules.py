@@ -23,7 +23,9 @@ AFFINE = (Affine1d, Affine2d)
 
 def affine(gain: Tensor, shift: Tensor, pixels: bool) -> nn.Module:
     """Return `gain x + shift` per channel, both `[C]`, as a BatchNorm without statistics."""
-    module = (Affine2d if pixels else Affine1d)(len(gain), eps=0.0, device=gain.device)
+    module = (Affine2d if pixels else Affine1d)(len(gain), eps=1.0, device=gain.device)
+    # The root of 0 + 1 is exact, and torch asks for an eps above 0.
+    module.running_var = torch.zeros_like(gain, dtype=torch.float32)
     with torch.no_grad():
         module.weight.copy_(gain)
         module.bias.copy_(shift)

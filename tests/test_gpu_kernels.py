@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from snnconv.engine.gpu import unavailable
 from snnconv.engine.linear import _ByteProduct, bytes_multiply
-from snnconv.engine.scan import unavailable
 from snnconv.network import Synapse
 from snnconv.ops import convolve
 
@@ -22,10 +23,11 @@ import sys
 import torch
 from networks import NETWORKS, converted, images
 from test_engine import SCHEDULES, differences
-from snnconv.engine import counts, reference, scan, triton_kernels
+from snnconv.engine import counts, gpu, linear, reference
 from snnconv.normalize import with_settings
 
-assert scan.unavailable(torch.device("cpu")) is None
+assert gpu.unavailable(torch.device("cpu")) is None
+linear.BYTES["cpu"] = linear._ByteProduct
 for neuron in ("signed", "unsigned"):
     for name in NETWORKS:
         network, pixels = with_settings(converted(name).network, neuron=neuron), images(3)
@@ -36,7 +38,11 @@ for neuron in ("signed", "unsigned"):
                 e.simulate(pixels, schedule) for e in (engine, reference.Engine(network, 5))
             )
             assert not differences(found, expected), (name, options, neuron)
-        assert {engine.charge(p).dtype for p in network.populations} == {torch.int32}
+        charges = [engine.charge(p) for p in network.populations]
+        assert {c.dtype for c in charges} == {torch.int32}
+        # The pools come before the shifts.
+        shifted = any(b is not None and b.shifted for c in charges for b in c.in_bytes)
+        assert shifted == (name != "pools")
 print("all equal")
 """
 
@@ -55,29 +61,33 @@ def test_blocks_scanned_by_triton_are_the_reference() -> None:
     assert done.stdout == "all equal\n", done.stderr[-2000:]
 
 
-def test_the_kernel_is_held_against_the_neuron_before_it_is_used() -> None:
+def test_kernels_are_tried_before_they_are_used() -> None:
     program = """
 import torch
-from snnconv.engine import scan
-print(scan.unavailable(torch.device("cpu")))
-scan.unavailable.cache_clear()
-right = scan.scan
-scan.scan = lambda charge, *rest: right(charge + 1, *rest)
-print(scan.unavailable(torch.device("cpu")))
+from snnconv.engine import gpu
+print(gpu.unavailable(torch.device("cpu")))
+gpu.unavailable.cache_clear()
+right = gpu.scan
+gpu.scan = lambda charge, *rest: right(charge + 1, *rest)
+print(gpu.unavailable(torch.device("cpu")))
+gpu.unavailable.cache_clear()
+gpu.scan, right = right, gpu.Convolution.__call__
+gpu.Convolution.__call__ = lambda self, x: right(self, x.clamp(-127))
+print(gpu.unavailable(torch.device("cpu")))
 """
-    first, second = interpreted(program).stdout.splitlines()
-    assert first == "None" and "something else" in second
+    first, *others = interpreted(program).stdout.splitlines()
+    assert first == "None" and len(others) == 2 and all("something else" in o for o in others)
     assert "no Triton for cpu" in str(unavailable(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_products_of_bytes_are_convolutions(seed: int) -> None:
+def random_convolution(seed: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Draw counts, weights, and what else a convolution is told."""
     draw = torch.Generator().manual_seed(seed)
 
     def among(*values: int) -> int:
         return values[int(torch.randint(len(values), (), generator=draw))]
 
-    channels, rows = among(1, 5, 16, 33), among(1, 7, 16, 40)
+    channels, rows = among(1, 5, 16, 33, 70), among(1, 7, 16, 40, 130)
     kernel = among(1, 2, 3), among(1, 3)
     attributes = {
         "stride": (among(1, 2), among(1, 3)),
@@ -87,9 +97,34 @@ def test_products_of_bytes_are_convolutions(seed: int) -> None:
     }
     x = torch.randint(-128, 128, (among(1, 3), channels, 9, 8), generator=draw)
     weight = torch.randint(-127, 128, (rows, channels, *kernel), generator=draw)
-    synapse = Synapse(
-        "", (), "conv", weight.to(torch.int8), torch.zeros(rows, dtype=torch.int32), attributes
-    )
+    return x, weight, attributes
+
+
+CONVOLVED = """
+import torch
+from snnconv.engine import gpu
+from snnconv.ops import convolve
+from test_gpu_kernels import random_convolution
+for seed in range(24):
+    x, weight, attributes = random_convolution(seed)
+    shift = torch.arange(len(weight)) % 4
+    convolution = gpu.Convolution(weight.to(torch.int8), shift, attributes, torch.device("cpu"))
+    truth = convolve(x, weight, **attributes) << shift.view(-1, 1, 1)
+    assert torch.equal(convolution(x.to(torch.int8)).long(), truth)
+print("all equal")
+"""
+
+
+def test_triton_convolves_bytes() -> None:
+    done = interpreted(CONVOLVED)
+    assert done.stdout == "all equal\n", done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_products_of_bytes_are_convolutions(seed: int) -> None:
+    x, weight, attributes = random_convolution(seed)
+    shift = torch.zeros(len(weight), dtype=torch.int32)
+    synapse = Synapse("", (), "conv", weight.to(torch.int8), shift, attributes)
     product = _ByteProduct(synapse, torch.device("cpu"))
     assert torch.equal(product(x.to(torch.int8)).long(), convolve(x, weight, **attributes))
     flat = Synapse("", (), "linear", weight[..., 0, 0].to(torch.int8), synapse.shift, {})
