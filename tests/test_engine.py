@@ -10,7 +10,7 @@ import torch
 from networks import NETWORKS, converted, images
 
 from snnconv.engine import Trace, counts, endpoint, native, prepare, simulate
-from snnconv.engine.linear import exact_dtype
+from snnconv.engine.linear import bytes_multiply, exact_dtype
 from snnconv.errors import SnnconvError, UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import with_settings
@@ -175,3 +175,18 @@ def test_wrong_requests_are_refused() -> None:
                 ready.simulate(pixels, net.timetable(5))
             with pytest.raises(UsageError, match="at least one image of uint8"):
                 ready.endpoint(pixels)
+
+
+@pytest.mark.parametrize("neuron", ["signed", "unsigned"])
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_that_are_no_bytes_are_convolved_by_how_they_move(name: str, neuron: str) -> None:
+    net = with_settings(network(name), neuron=neuron)
+    timetable = net.timetable(300, name="paper")
+    engine = counts.Engine(net, 300)
+    found = engine.simulate(images(3), timetable)
+    assert not differences(found, simulate(net, images(3), timetable, "reference"))
+    charges = [engine.charge(p) for p in net.populations]
+    apart = [
+        b is not None and not w for c in charges for b, w in zip(c.in_bytes, c.whole, strict=True)
+    ]
+    assert any(apart) or not bytes_multiply(torch.device("cpu"))

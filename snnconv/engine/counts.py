@@ -34,9 +34,9 @@ from snnconv.schedule import Schedule
 # Steps computed at once. Blocks end at multiples of T, where `wait` changes layers.
 BLOCK_STEPS = 8
 # Images at once: as many as keep one block of the largest layer within this many numbers; a GPU
-# has more to do at once.
+# has more to do at once, as far as its memory goes, which a number takes so many bytes of.
 BLOCK_NUMBERS = 2**22
-GPU_NUMBERS = 2**25
+GPU_NUMBERS, GPU_BYTES = 2**27, 64
 
 
 class Engine:
@@ -65,6 +65,7 @@ class Engine:
         self.neurons = frozenset(p.name for p in network.populations)
         self.last_use = last_uses(list(network.nodes))
         self.worths = network.worths
+        self.steady = _steady(network)
 
     def charge(self, node: Population | Readout) -> Charge:
         """Return the linear part of a node, its weights converted when it is first asked for.
@@ -73,7 +74,7 @@ class Engine:
         """
         found = self._charges.get(node.name)
         if found is None or found.node is not node:
-            found = Charge(node, self.limits, self.timesteps, self.device, int32=self.scans)
+            found = Charge(node, self.limits, self.timesteps, self.device, self.scans, self.steady)
             self._charges[node.name] = found
         return found
 
@@ -234,12 +235,26 @@ class Engine:
     def images_at_once(self, steps: int) -> int:
         """Return how many images to run at once, for planes of so many steps."""
         largest = max(torch.Size(n.shape).numel() for n in self.network.nodes)
-        numbers = BLOCK_NUMBERS if self.device.type == "cpu" else GPU_NUMBERS
+        numbers = BLOCK_NUMBERS
+        if self.device.type == "cuda":
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            numbers = min(GPU_NUMBERS, memory // GPU_BYTES)
         return max(1, numbers // (steps * largest))
 
     def simulation(self, pixels: Tensor, schedule: Schedule) -> Simulation:
         """Begin a simulation of some images."""
         return Simulation(self, pixels, schedule)
+
+
+def _steady(network: SpikingNetwork) -> frozenset[str]:
+    """Return the nodes whose counts move by at most one a step."""
+    found: set[str] = set()
+    for node in network.nodes:
+        if isinstance(node, Population) or (
+            isinstance(node, Relay) and node.op != "sum_pool" and found.issuperset(node.inputs)
+        ):
+            found.add(node.name)
+    return frozenset(found)
 
 
 def centered(node: Image, pixels: Tensor) -> Tensor:

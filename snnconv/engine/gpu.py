@@ -23,7 +23,7 @@ from snnconv.neuron import step
 
 BLOCK = 1024
 # Positions and output channels that one program convolves; input channels times pixels at once.
-POSITIONS, ROWS, INPUTS = 128, (16, 128), (32, 64)
+POSITIONS, ROWS, INPUTS, WARPS = 128, (16, 128), (32, 64), 4
 
 
 @cache
@@ -111,7 +111,7 @@ class Convolution:
             x, self.weight, self.factor, out, positions, *size, *outputs, self.rows, *stride, above,
             left, *dilation,
             CHANNELS=self.channels, WIDE=self.wide, TAPS=self.high * self.wide,
-            BLOCK_M=POSITIONS, BLOCK_N=self.block, BLOCK_K=self.inputs,
+            BLOCK_M=POSITIONS, BLOCK_N=self.block, BLOCK_K=self.inputs, num_warps=WARPS,
         )  # fmt: skip
         return out.movedim(-1, 1)
 

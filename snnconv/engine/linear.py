@@ -217,8 +217,9 @@ BYTES: dict[str, type[_ByteConvolution | _ByteProduct]] = {
 class Charge:
     """The linear part of one population or readout, ready to run.
 
-    `limits` are the lowest and highest counts of every node (`SpikingNetwork.count_limits`).
-    `dtype` is the type of the membrane: a float type, or int32 where it is asked for and enough.
+    `limits` are the lowest and highest counts of every node (`SpikingNetwork.count_limits`),
+    `steady` the nodes whose counts move by at most one a step. `dtype` is the type of the membrane:
+    a float type, or int32 where it is asked for and enough.
     """
 
     def __init__(
@@ -228,6 +229,7 @@ class Charge:
         timesteps: int,
         device: torch.device,
         int32: bool = False,
+        steady: frozenset[str] = frozenset(),
     ) -> None:
         """Convert the weights once."""
         self.node = node
@@ -236,25 +238,27 @@ class Charge:
         self.bias = node.bias.to(device, self.dtype)
         self.branches = []
         self.in_bytes: list[_ByteConvolution | _ByteProduct | None] = []
+        self.whole: list[bool] = []  # whether what a branch reads fits into bytes as it is
         kind = BYTES.get(device.type)
         for synapse in node.branches:
             low, high = limits[synapse.source]
             bound = int(charge_bounds(synapse, low, high).max())
             dtype = self.dtype if synapse.kind == "scale" else exact_dtype(max(bound, -low, high))
             weight = synapse.weight.to(device, dtype)
-            suits = (
+            suits = kind is not None and kind.takes(synapse) and bytes_multiply(device)
+            whole = (
                 kind is not None
-                and kind.takes(synapse)
                 and kind.lowest <= low
                 and high <= kind.highest
                 and bound < EXACT_FLOAT32
-                and bytes_multiply(device)
             )
             at_once = self.dtype == torch.int32 and not synapse.pools
-            in_bytes = kind(synapse, device, at_once) if kind and suits else None
+            taken = suits and (whole or synapse.source in steady)
+            in_bytes = kind(synapse, device, at_once) if kind and taken else None
             self.in_bytes.append(in_bytes)
-            plain = not bool(synapse.shift.any()) or (in_bytes is not None and in_bytes.shifted)
+            self.whole.append(whole)
             factor = torch.exp2(synapse.shift.float()).to(device, self.dtype)
+            plain = not bool(synapse.shift.any())
             self.branches.append((synapse, weight, None if plain else factor))
 
     def current(self, index: int, x: Tensor) -> Tensor:
@@ -262,17 +266,28 @@ class Charge:
 
         Leading axes (time and batch) are kept.
         """
+        in_bytes = self.in_bytes[index]
+        if in_bytes is None or self.whole[index]:
+            return self._current(index, x, in_bytes)
+        if not 1 < len(x) <= in_bytes.highest:
+            return self._current(index, x, None)
+        # By how much counts have moved is a byte, whatever they are.
+        least = x.amin(0, keepdim=True)
+        return self._current(index, x - least, in_bytes).add_(self._current(index, least, None))
+
+    def _current(
+        self, index: int, x: Tensor, in_bytes: _ByteConvolution | _ByteProduct | None
+    ) -> Tensor:
         synapse, weight, factor = self.branches[index]
         lead, x = x.shape[:2], x.flatten(0, 1)
-        convolution = self.in_bytes[index]
-        if convolution is not None:
-            result = _pooled(synapse, convolution(x)).to(self.dtype)
+        if in_bytes is not None:
+            result = _pooled(synapse, in_bytes(x)).to(self.dtype)
         elif synapse.kind == "scale":
             factors = per_channel(weight, x.ndim)
             result = _pooled(synapse, x.to(self.dtype, copy=True).mul_(factors))
         else:
             result = _linear(synapse, weight, x.to(weight.dtype)).to(self.dtype)
-        if factor is not None:
+        if factor is not None and not (in_bytes is not None and in_bytes.shifted):
             result *= per_channel(factor, result.ndim)
         return result.unflatten(0, lead)
 
