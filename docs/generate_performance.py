@@ -138,6 +138,23 @@ def _events(rows: list[Row]) -> str:
     )
 
 
+def _gpu(rows: list[Row]) -> str:
+    """Tell wall times on a GPU in forward passes, as measured in one run there."""
+    found = _load("engines-gpu.json")
+    engines = list(dict.fromkeys(r["engine"] for r in found["rows"] if r["engine"] != "ann"))
+    body = []
+    for network in _networks(found["rows"]):
+        here = {r["engine"]: r for r in found["rows"] if r["network"] == network}
+        times = [_number(here.get(e), "ratio_to_ann_wall") for e in engines]
+        body.append([network, *times, _number(here["ann"], "wall_ms_per_image", ".4f")])
+    (size,) = {(r["timesteps"], r["batch"]) for r in found["rows"]}
+    head = ["network", *engines, "ANN, ms an image"]
+    return (
+        f"One {found['device']}, torch {found['torch']}, T = {size[0]}, {size[1]} images:\n\n"
+        + _table(head, body)
+    )
+
+
 def _evaluation(rows: list[Row]) -> str:
     found = _load("evaluation.json")
     return (
@@ -148,7 +165,7 @@ def _evaluation(rows: list[Row]) -> str:
 
 
 def _commands(rows: list[Row]) -> str:
-    lines = [_load(name)["command"] for name in (*ENGINES, "evaluation.json")]
+    lines = [_load(name)["command"] for name in (*ENGINES, "engines-gpu.json", "evaluation.json")]
     files = " ".join(f"--stored benchmarks/results/{name}" for name in ENGINES)
     lines.append(f"python benchmarks/engines.py {files} --plot docs/engines.png")
     return "```sh\n" + "\n".join(lines) + "\n```\n"
@@ -167,6 +184,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "engines": _engines,
     "peer": _peer,
     "steps": _steps,
+    "gpu": _gpu,
     "events": _events,
     "evaluation": _evaluation,
     "commands": _commands,
