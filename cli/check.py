@@ -1,21 +1,39 @@
-"""`snnconv check`: say whether a network can become spiking, and why not."""
+"""`snnconv check`: say whether networks can become spiking, and why not."""
 
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from . import console, options
 from .source import NetworkOptions, network_options, source_argument
 
+if TYPE_CHECKING:
+    from snnconv.examination import Examination
+
 NOT_CONVERTIBLE = 3
+# Of many networks, so much of the first reason against one is shown.
+REASON = 70
 
 
 @options.command(
-    "check", example="snnconv check resnet18\nsnnconv check checkpoint.pth --arch resnet50 --json"
+    "check",
+    example="snnconv check resnet18\n"
+    "snnconv check checkpoint.pth --arch resnet50 --json\n"
+    "snnconv check 'regnet*'",
 )
 @source_argument
 @network_options
+@click.option(
+    "-T",
+    "--timesteps",
+    type=click.IntRange(min=1),
+    default=7,
+    show_default=True,
+    help="T that estimates are for.",
+)
 @options.replace_option
 @options.strict_option
 @options.json_option
@@ -23,6 +41,7 @@ NOT_CONVERTIBLE = 3
 def command(
     source: str,
     network: NetworkOptions,
+    timesteps: int,
     replace_activations: str | None,
     strict: bool,
     as_json: bool,
@@ -32,44 +51,119 @@ def command(
     """Plan the conversion of a network, without converting anything.
 
     Every node of the network is a synapse, a neuron, exact on counts, folded, removed, analog (no
-    sum of spikes, computed apart) or unsupported; -v lists them all. A timm name is built with
-    random weights, nothing is fetched. Exit code 3 if the network cannot be converted.
+    sum of spikes, computed apart) or unsupported; -v lists them all. Of a timm name only the shapes
+    are built, nothing is fetched. A name with wildcards stands for all architectures of timm that
+    fit, a row each. Costs are estimates of a dense simulation. Exit code 3 if a network cannot be
+    converted.
     """
-    from snnconv import __version__, replace
-    from snnconv.errors import NotConvertibleError
-    from snnconv.folding import fold
-    from snnconv.graph import trace
-    from snnconv.pipeline import check_fold
-    from snnconv.plan import ConversionPlan, make_plan
 
-    loaded = network.load(source, pretrained=False)
-    model, replaced = loaded.model, dict[str, int]()
-    if replace_activations is not None:
-        model, replaced = replace.replace_activations(model)
-    plan = ConversionPlan([], [], {})
-    try:
-        traced = trace(model, loaded.preprocessing.input_size)
-        plan = make_plan(traced)
-        check_fold(traced, fold(traced, plan))
-        plan.require_convertible(strict=strict)
-        problems = []
-    except NotConvertibleError as error:
-        problems = error.problems or [error.message]
-    contents = {
+    def examined(name: str) -> dict[str, Any]:
+        from snnconv.examination import examine
+        from snnconv.replace import replace_activations as replaced_by
+
+        loaded = network.load(name, pretrained=False, shapes_only=True)
+        model, replaced = loaded.model, dict[str, int]()
+        if replace_activations is not None:
+            model, replaced = replaced_by(model)
+        size = loaded.preprocessing.input_size
+        found = examine(model, size, timesteps=timesteps, strict=strict)
+        return _contents(name, loaded.name, loaded.model_args, replaced, found)
+
+    names = _architectures(source)
+    if names is None:
+        contents = examined(source)
+        if as_json:
+            console.emit_json(contents)
+        else:
+            _print(contents, verbose)
+        return NOT_CONVERTIBLE if contents["problems"] else 0
+    return _many(names, examined, as_json, quiet)
+
+
+def _contents(
+    source: str, name: str, args: dict[str, Any], replaced: dict[str, int], found: Examination
+) -> dict[str, Any]:
+    from snnconv import __version__
+
+    return {
         "schema": "snnconv.check/1",
         "version": __version__,
         "source": source,
-        "model": {"name": loaded.name, "args": loaded.model_args},
+        "model": {"name": name, "args": args},
         "replaced_activations": replaced,
-        **plan.to_dict(),
-        "verdict": "not convertible" if problems else "convertible",
-        "problems": problems,
+        **found.to_dict(),
     }
+
+
+def _architectures(source: str) -> list[str] | None:
+    """Return the architectures a name with wildcards stands for; None if it has none.
+
+    Raises UsageError if there are none.
+    """
+    if not set("*?[") & set(source) or ":" in source:
+        return None
+    import timm
+
+    from snnconv.errors import UsageError
+    from snnconv.model_zoo import register
+
+    register()
+    names: list[str] = timm.list_models(source)
+    if not names:
+        raise UsageError(f"no architecture of timm is like {source!r}")
+    return names
+
+
+def _many(names: list[str], examined: Any, as_json: bool, quiet: bool) -> int:
+    """Examine many architectures; one that cannot be built is a row, too."""
+    from snnconv import __version__
+    from snnconv.errors import SnnconvError
+
+    rows: list[dict[str, Any]] = []
+    with console.progress(quiet) as report:
+        for done, name in enumerate(names):
+            report("check", done, len(names), name)
+            try:
+                contents = examined(name)
+                del contents["nodes"]
+            except SnnconvError as error:
+                problems = [error.message]
+                contents = {"source": name, "verdict": "not convertible", "problems": problems}
+            rows.append(contents)
+        report("check", len(names), len(names))
+    convertible = sum(not row["problems"] for row in rows)
     if as_json:
-        console.emit_json(contents)
+        console.emit_json(
+            {
+                "schema": "snnconv.checks/1",
+                "version": __version__,
+                "convertible": convertible,
+                "models": rows,
+            }
+        )
     else:
-        _print(contents, verbose)
-    return NOT_CONVERTIBLE if problems else 0
+        columns = ("network", "verdict", "spiking %", "neurons", "depth", "parameters", "reason")
+        console.print_table(None, columns, [_row(row) for row in rows])
+        console.note(f"{convertible} of {len(rows)} convertible", quiet)
+    return 0 if convertible == len(rows) else NOT_CONVERTIBLE
+
+
+def _row(contents: dict[str, Any]) -> tuple[str, ...]:
+    problems = contents["problems"]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    reason = problems[0] if problems else ""
+    if len(reason) > REASON:
+        reason = reason[: REASON - 1] + "…"
+    found = contents.get("neurons")
+    return (
+        contents["source"],
+        "no" if problems else "yes",
+        f"{contents['mac_share_percent']['spiking']:g}" if found and not problems else "",
+        f"{contents['neurons']:,}" if found and not problems else "",
+        f"{contents['depth']}" if found and not problems else "",
+        f"{contents['parameters']:,}" if "parameters" in contents else "",
+        reason + more,
+    )
 
 
 def _print(contents: dict[str, Any], verbose: bool) -> None:
@@ -77,24 +171,72 @@ def _print(contents: dict[str, Any], verbose: bool) -> None:
     if verbose:
         rows = [(n["path"], n["operation"], n["role"], n["reason"]) for n in nodes]
         console.print_table(None, ["node", "operation", "becomes", "reason"], rows)
-    roles = Counter(n["role"] for n in nodes)
     summary = [
         ("verdict", contents["verdict"]),
         *options.replaced_row(contents["replaced_activations"]),
-        ("nodes", ", ".join(f"{count} {role}" for role, count in roles.most_common())),
-        (
-            "spiking",
-            f"{share['spiking']:g} % of multiply-accumulates, {share['analog']:g} % analog"
-            + console.tallied([n["operation"] for n in nodes if n["role"] == "analog"]),
-        ),
+        ("network", f"{contents['parameters']:,} parameters"),
     ]
+    if nodes and not contents["problems"]:
+        estimate = contents["estimate"]
+        steps = estimate["timesteps"]
+        summary[-1] = (
+            "network",
+            f"{contents['parameters']:,} parameters, {contents['neurons']:,} neurons, depth "
+            f"{contents['depth']}",
+        )
+        summary += [
+            (
+                "spiking",
+                f"{share['spiking']:g} % of multiply-accumulates, {share['analog']:g} % analog",
+            ),
+            (
+                "cost",
+                f"T {steps}: {_large(estimate['macs'])} additions an image at most, "
+                f"{estimate['times_ann']:.3g} times the ANN's {_large(contents['ann_macs'])} "
+                "multiply-accumulates",
+            ),
+            (
+                "memory",
+                f"about {estimate['weights_mib']:.3g} MiB of weights and "
+                f"{estimate['image_mib']:.3g} MiB an image",
+            ),
+        ]
     console.print_table(None, ["", contents["model"]["name"]], summary)
-    rows = [
-        (n["path"], n["operation"], n["reason"], n["remedy"])
-        for n in nodes
-        if n["role"] == "unsupported"
-    ]
-    if contents["problems"] and not rows:
+    known = [n for n in nodes if n["role"] != "unsupported"]
+    if known:
+        classes = [row[:-1] for row in _classes(known)]
+        console.print_table(None, ["class", "operations", "where", "why"], classes)
+    obstacles = [row[1:] for row in _classes([n for n in nodes if n["role"] == "unsupported"])]
+    if obstacles:
+        columns = ["in the way", "where", "why", "what to do"]
+        console.print_table(None, columns, obstacles)
+    elif contents["problems"]:
         console.note("\n".join(contents["problems"]))
-    elif rows:
-        console.print_table(None, ["in the way", "operation", "reason", "what to do"], rows)
+
+
+def _classes(nodes: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Put nodes that become the same for the same reason into a row.
+
+    A row has the class, the operations, where they are, the reason, and the remedy.
+    """
+    from snnconv.plan import ROLES
+
+    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
+    for node in nodes:
+        key = ROLES.index(node["role"]), node["reason"], node["remedy"]
+        groups.setdefault(key, []).append(node)
+    rows: list[tuple[str, ...]] = []
+    for (role, reason, remedy), alike in sorted(groups.items(), key=lambda item: item[0][0]):
+        counted = Counter(n["operation"] for n in alike).most_common()
+        operations = ", ".join(f"{count} {name}" for name, count in counted)
+        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        rows.append((ROLES[role], operations, f"{alike[0]['path']}{more}", reason, remedy))
+    return rows
+
+
+def _large(number: int) -> str:
+    """Spell a number as 1.82 G."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {letter}"
+    return str(number)

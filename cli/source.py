@@ -43,7 +43,9 @@ class NetworkOptions:
 
         return read_recipe(self.recipe) if self.recipe else None
 
-    def load(self, source: str, *, pretrained: bool = True) -> LoadedModel:
+    def load(
+        self, source: str, *, pretrained: bool = True, shapes_only: bool = False
+    ) -> LoadedModel:
         """Build the network a source names, with the preprocessing these options ask for."""
         from dataclasses import replace
 
@@ -57,6 +59,7 @@ class NetworkOptions:
             pretrained=pretrained,
             recipe=self.read_recipe(),
             channels=self.channels,
+            shapes_only=shapes_only,
         )
         known = loaded.preprocessing
         mean, std = _in_unit_range(self.mean, self.std)

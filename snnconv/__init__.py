@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from snnconv.engine import endpoint as endpoint
     from snnconv.engine import prepare as prepare
     from snnconv.engine import simulate as simulate
+    from snnconv.examination import examine as examine
     from snnconv.finetune import FinetuneSettings as FinetuneSettings
     from snnconv.finetune import tune as tune
     from snnconv.folding import fold as fold
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_model": "snnconv.load",
     "open_data": "snnconv.data",
+    "examine": "snnconv.examination",
     "convert": "snnconv.pipeline",
     "check_equal": "snnconv.pipeline",
     "trace": "snnconv.graph",

@@ -38,7 +38,7 @@ class LoadedModel:
     from the checkpoint, a tag or a recipe, and not just from the architecture's usual one.
     `channels` is the order of the colours the weights were trained with; the first convolution of
     a `bgr` network has been turned to read RGB. `weights_sha256` is a hash of all tensors with
-    their names.
+    their names, empty for a model without numbers.
     """
 
     model: nn.Module
@@ -60,21 +60,24 @@ def load_model(
     pretrained: bool = True,
     recipe: Recipe | None = None,
     channels: str | None = None,
+    shapes_only: bool = False,
 ) -> LoadedModel:
     """Build the model a source names: a checkpoint file, a timm name, or `zoo:NAME`.
 
     timm names may have tags (`resnet18.a1_in1k`) or the prefixes `hf-hub:` and `local-dir:`. The
     architecture of a file comes from `arch`, else the file's metadata, else the `recipe`, else the
     file's name. `model_args` are passed to the model's constructor. Without `pretrained` a timm
-    name gets random weights, and nothing is fetched. `channels` (`rgb`, `bgr`) is the order the
-    weights were trained with. Raises UsageError for unknown names, CheckpointError for a file that
-    is damaged, foreign, or does not fit the architecture.
+    name gets random weights, and nothing is fetched; if only `shapes_only` are wanted, none at all
+    where the architecture can be built so (on torch's `meta` device). `channels` (`rgb`, `bgr`) is
+    the order the weights were trained with. Raises UsageError for unknown names, CheckpointError
+    for a file that is damaged, foreign, or does not fit the architecture.
     """
     from snnconv.model_zoo import register
 
     register()
     args = {**(recipe.model_args if recipe else {}), **(model_args or {})}
-    loaded = _load(source, arch, recipe.arch if recipe else None, args, pretrained)
+    fallback = recipe.arch if recipe else None
+    loaded = _load(source, arch, fallback, args, pretrained, shapes_only and not pretrained)
     if recipe is not None:
         preprocessing = recipe.applied(loaded.preprocessing)
         stated = loaded.size_stated or "input_size" in recipe.preprocessing
@@ -86,7 +89,12 @@ def load_model(
 
 
 def _load(
-    source: str, arch: str | None, fallback: str | None, args: dict[str, Any], pretrained: bool
+    source: str,
+    arch: str | None,
+    fallback: str | None,
+    args: dict[str, Any],
+    pretrained: bool,
+    shapes_only: bool,
 ) -> LoadedModel:
     if source.startswith("zoo:"):
         path, arch = _zoo_weights(source)
@@ -99,6 +107,12 @@ def _load(
     if arch is not None and arch != source:
         raise UsageError(f"{source} is not a file, and --arch belongs to a checkpoint file")
     _require_known(source)
+    if shapes_only:
+        try:
+            with torch.device("meta"):
+                return _from_timm(source, args, pretrained)
+        except (RuntimeError, NotImplementedError):
+            pass  # a constructor that asks for numbers
     return _from_timm(source, args, pretrained)
 
 
@@ -407,6 +421,7 @@ def _finish(model: nn.Module, name: str, args: dict[str, Any]) -> LoadedModel:
         str(cfg["interpolation"]),
     )
     labels = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    on_meta = any(p.is_meta for p in model.parameters())
     return LoadedModel(
         model.eval(),
         name,
@@ -414,7 +429,7 @@ def _finish(model: nn.Module, name: str, args: dict[str, Any]) -> LoadedModel:
         preprocessing,
         int(getattr(model, "num_classes", 0)),
         tuple(labels) if labels else None,
-        hash_weights(model.state_dict()),
+        "" if on_meta else hash_weights(model.state_dict()),
     )
 
 

@@ -56,9 +56,9 @@ def describe(traced: Traced, node: fx.Node) -> Operation:
         return Operation("output")
     if node.op == "get_attr":
         return unsupported(
-            f"a tensor of the model's own ({node.target}) enters the computation",
-            "only weights of convolutions, linear and normalisation layers are constants "
-            "a spiking network can hold",
+            "a tensor of the model's own enters the computation",
+            "let it be a weight of a convolution, linear or normalisation layer, or a factor or "
+            "summand per channel",
         )
     if node.name not in traced.shapes:
         return Operation("shape", tuple(node.all_input_nodes))
@@ -442,7 +442,14 @@ def _function(
         return _slice(node, inputs, shape)
     if name in ("dropout", "identity"):
         return Operation("identity", inputs)
+    if name in _PRODUCTS:
+        return unsupported(
+            "attention multiplies activations with each other", "take a convolutional network"
+        )
     return unsupported(f"{name}() is not supported")
+
+
+_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum", "baddbmm")
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:

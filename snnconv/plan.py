@@ -26,6 +26,9 @@ ROLES = (
     "synapse", "neuron", "exact", "folded", "removed", "analog", "unsupported", "unexamined",
 )  # fmt: skip
 
+# What neurons are called that the model has no activation for.
+TWO_SIDED = "two-sided neuron"
+
 Key = tuple[str, ...]
 
 
@@ -33,7 +36,8 @@ Key = tuple[str, ...]
 class Entry:
     """What becomes of one node: its role, why, and what to do about it.
 
-    `macs` are the multiply-accumulates per image and time step of a weighted layer.
+    `macs` are the multiply-accumulates per image and time step of a weighted layer, `weights` how
+    many weights it has.
     """
 
     node: str
@@ -43,6 +47,7 @@ class Entry:
     reason: str = ""
     remedy: str = ""
     macs: int = 0
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -271,22 +276,28 @@ class _Planner:
         name = node.target if isinstance(node.target, str) else node.name
         if node.op == "call_module":
             name = type(self.traced.module.get_submodule(str(node.target))).__name__
+            name = TWO_SIDED if name == "Neurons" else name
         elif node.op == "call_function":
             name = getattr(node.target, "__name__", str(node.target))
         path = self.traced.path(node)
-        macs = self.macs(node)
-        if role in ("synapse", "analog") and not macs:
-            macs = _size(self.shapes[node.name])
-        self.entries.append(Entry(node.name, path, name, role, reason, remedy, macs))
+        weights = self.weights(node)
+        macs = 0
+        if node.name in self.shapes:
+            shape = self.shapes[node.name]
+            if weights:
+                macs = weights * math.prod(shape) // shape[0]
+            elif role in ("synapse", "analog"):
+                macs = math.prod(shape)
+        self.entries.append(Entry(node.name, path, name, role, reason, remedy, macs, weights))
 
-    def macs(self, node: fx.Node) -> int:
-        """Return the multiply-accumulates of a convolution or linear layer, else 0."""
-        if node.op != "call_module" or node.name not in self.shapes:
+    def weights(self, node: fx.Node) -> int:
+        """Return how many weights a convolution or linear layer has, else 0."""
+        if node.op != "call_module":
             return 0
         module = self.traced.module.get_submodule(str(node.target))
         if not isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             return 0
-        return module.weight.numel() * _size(self.shapes[node.name]) // len(module.weight)
+        return module.weight.numel()
 
     def current(self, node: fx.Node, terms: tuple[Term, ...]) -> _Current:
         return _Current(terms, node.name, self.shapes[node.name])
@@ -308,7 +319,7 @@ class _Planner:
         name = f"{value.site}.neuron"
         path = f"{self.path(value.site)} (two-sided)"
         self.nodes.append(Neurons(name, path, value.site, value.terms, value.shape, two_sided=True))
-        self.entries.append(Entry(name, path, "two-sided neuron", "neuron", why))
+        self.entries.append(Entry(name, path, TWO_SIDED, "neuron", why))
         counts = self.follow(_Counts(name, True), value.pending)
         self.values[value.site] = counts
         self.sites[value.site] = counts.node
@@ -512,10 +523,6 @@ def _gains_positive(operation: Operation) -> bool:
     """Return whether a BatchNorm preserves the order of its inputs in every channel."""
     weight = operation.module.weight if operation.module is not None else None
     return weight is None or (not weight.is_meta and bool((weight >= 0).all()))
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def inputs_of(node: PlanNode) -> Iterator[str]:

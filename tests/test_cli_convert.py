@@ -329,24 +329,6 @@ def test_a_network_that_cannot_spike_is_refused_with_all_reasons(
     assert checked["problems"] == found["problems"]
 
 
-def test_check_passes_what_converts(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["check", "resnet18", "--json"]) == 0
-    found = output(capsys)
-    assert found["verdict"] == "convertible"
-    assert found["mac_share_percent"]["spiking"] == 100
-    assert run(["check", "zoo:digits", "-v"]) == 0
-    assert "layer1.0.conv1" in capsys.readouterr().out
-
-
-def test_check_knows_what_tracing_and_folding_refuse(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["check", "vit_tiny_patch16_224", "--image-size", "100", "--json"]) == 3
-    found = output(capsys)
-    assert found["verdict"] == "not convertible" and len(found["problems"]) == 1
-    assert found["mac_share_percent"] == {"spiking": 0.0, "analog": 0.0}
-    assert run(["check", "convnext_atto", "--json"]) == 3
-    assert output(capsys)["mac_share_percent"]["spiking"] < 20
-
-
 def test_an_interrupt_leaves_nothing_behind(
     capsys: pytest.CaptureFixture[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

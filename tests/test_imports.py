@@ -30,7 +30,7 @@ LAYERS = [
     {"checkpoint", "engine"},
     {"verify", "train", "finetune", "compensation"},
     {"pipeline", "measure"},
-    {"report", "export"},
+    {"report", "export", "examination"},
     {"cli"},
 ]
 LEVEL = {name: level for level, row in enumerate(LAYERS) for name in row}
