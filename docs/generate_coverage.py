@@ -20,11 +20,11 @@ REASONS = 25
 
 HEAD = """# Coverage
 
-What becomes of timm's architectures, made by `make coverage`. *Examined* is every architecture from its
-shapes, as by `snnconv check`. *Verified* is a conversion with random weights (T = 3, two small images)
-that equals its quantised ANN count for count, while in every layer of neurons between 5 and 95 % of the
-counts were not zero and some were saturated. Networks of more than 30 M parameters, and those that take
-more than 20 s, are examined only.
+What becomes of timm's architectures, made by `make coverage`. *Examined* is every architecture
+from its shapes, as by `snnconv check`. *Verified* is a conversion with random weights (T = 3, two
+small images) that equals its quantised ANN count for count, while in every layer of neurons between
+5 and 95 % of the counts were not zero and some were saturated. Networks of more than 30 M
+parameters, and those that take more than 20 s, are examined only.
 
 """
 

@@ -191,13 +191,12 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
     for name, output in outputs.items():
         if output.shape != expected[name].shape:
             raise NotConvertibleError(f"the traced network has {name} of another shape")
-    if not example.is_meta:
-        name = differing_output(model, traced, example)
-        if name is not None:
-            raise NotConvertibleError(
-                f"the traced network computes another {name} than the model: part of forward() "
-                "runs outside what torch.fx sees"
-            )
+    other = None if example.is_meta else differing_output(model, traced, example)
+    if other is not None:
+        raise NotConvertibleError(
+            f"the traced network computes another {other} than the model: part of forward() runs "
+            "outside what torch.fx sees"
+        )
     return Traced(traced, values.shapes, tuple(input_size), example)
 
 

@@ -243,6 +243,7 @@ def main() -> None:
         found = row(name, arguments.seconds, arguments.examine_only)
         with arguments.state.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
+        done.add(name)
         print(f"{number}/{len(names)} {name}: {_told(found)}", flush=True)
 
 
