@@ -343,7 +343,10 @@ _PADDED_INDEX: dict[str, Callable[[int, int], int]] = {
 
 def _upsample(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...], mode: str) -> Operation:
     if mode != "nearest" or len(shape) != 3:
-        return unsupported(f"upsampling with mode {mode!r}", "upsample by the nearest pixel")
+        return unsupported(
+            f"interpolation with mode {mode!r} to {'x'.join(map(str, out[1:]))}",
+            "upsample by the nearest pixel, or bilinearly by a whole factor",
+        )
     rows, columns = (
         tuple(i * before // after for i in range(after))
         for before, after in zip(shape[1:], out[1:], strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -197,3 +198,25 @@ def test_152_layers_are_as_exact_as_one(shortcut: str) -> None:
     wrong += network.populations[-1].threshold
     with pytest.raises(NotEqualError):
         check_equal(conversion, images(4, 2))
+
+
+def test_max_pooling_comes_nearer_to_the_ann_the_more_steps_there_are() -> None:
+    """A max-pool of spikes, one step at a time, would not: its rates add up."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(32, 5),
+    ).eval()  # fmt: skip
+    pixels = images(32, 3)
+    with torch.no_grad():
+        wanted = model(PREPROCESSING.normalize(pixels)).double()
+    errors = []
+    for timesteps in (4, 16, 64, 256):
+        network = convert(
+            model, PREPROCESSING, [images(32, 1)], timesteps=timesteps, calibration="max"
+        ).network
+        course = simulate(network, pixels, network.timetable(name="drain"))
+        found = course.logits(network, "logits")[-1].flatten(1)
+        errors.append(float((found - wanted).norm() / wanted.norm()))
+    assert all(more > 1.5 * less for more, less in itertools.pairwise(errors)), errors
+    assert errors[-1] < 0.02

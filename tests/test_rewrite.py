@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ class Net(nn.Module):
         self.register_buffer("mean", torch.randn(8))
         self.register_buffer("variance", torch.rand(8) + 0.5)
         self.scalar = nn.Parameter(torch.tensor(0.7))
+        self.larger = nn.UpsamplingBilinear2d((23, 12))
         self.body, self.head = body, nn.Linear(channels, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,6 +105,18 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
     "upsampled and added": (
         lambda n, x: x + F.interpolate(F.max_pool2d(n.second(x), 2), scale_factor=2), 8
     ),
+    "upsampled by lines": (
+        lambda n, x: n.second(F.interpolate(x, scale_factor=2, mode="bilinear")), 8
+    ),
+    "upsampled by lines, corners aligned": (
+        lambda n, x: x + F.interpolate(
+            F.max_pool2d(n.second(x), 4), (12, 12), mode="bilinear", align_corners=True
+        ), 8
+    ),
+    "to other sizes by lines": (
+        lambda n, x: F.interpolate(n.second(x), (6, 18), None, "bilinear", False), 8
+    ),
+    "a module that upsamples": (lambda n, x: n.larger(n.second(x)), 8),
     "leaky": (lambda n, x: n.second(F.leaky_relu(n.second(x), 0.2)), 8),
     "leaky before a grouped layer": (
         lambda n, x: F.conv2d(F.leaky_relu(n.second(x), 0.2), n.kernel, n.mean, groups=8), 8
@@ -159,6 +173,21 @@ def test_channels_that_are_mixed_are_refused(
     model = Net(body, channels).eval()
     with pytest.raises(NotConvertibleError, match="cannot be converted"):
         convert(model, PREPROCESSING, calibration="bn")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale_factor": 1.3, "mode": "bilinear"},
+        {"size": 7, "mode": "bilinear", "antialias": True},
+        {"scale_factor": 2, "mode": "bicubic"},
+    ],
+)
+def test_interpolation_that_is_no_average_is_refused(options: dict[str, Any]) -> None:
+    model = Net(lambda n, x: F.interpolate(n.second(x), **options)).eval()
+    with pytest.raises(NotConvertibleError, match="cannot be converted") as caught:
+        convert(model, PREPROCESSING, calibration="bn")
+    assert "by the nearest pixel" in caught.value.problems[0]
 
 
 def test_what_depends_on_the_batch_is_left() -> None:

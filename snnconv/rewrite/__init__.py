@@ -19,11 +19,14 @@ from snnconv.rewrite.pools import pools
 from snnconv.rewrite.rearrangements import rearrangements
 from snnconv.rewrite.splits import splits
 from snnconv.rewrite.tools import Values
+from snnconv.rewrite.upsampling import upsampling
 
 __all__ = ["AFFINE", "Neurons", "Rearrangement", "Values", "rewrite"]
 
 # In this order; each takes the graph and its values, and returns whether it changed anything.
-CHANGES = (sizes, constants, splits, rearrangements, arithmetic, leaky, pools, islands)
+CHANGES = (
+    sizes, constants, splits, rearrangements, arithmetic, leaky, pools, upsampling, islands,
+)  # fmt: skip
 
 
 def rewrite(module: fx.GraphModule, example: Tensor) -> Values:
