@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from snnconv.engine import prepare
 from snnconv.errors import SnnconvError
 from snnconv.examination import examine
+from snnconv.graph import difference, flatten_outputs
 from snnconv.load import load_model
 from snnconv.pipeline import check_equal, convert
 from snnconv.preprocess import Preprocessing
@@ -74,13 +75,14 @@ def examined(name: str) -> dict[str, Any]:
 def verified(name: str) -> dict[str, Any]:
     """Convert an architecture with random weights and verify it, in as many draws as it takes.
 
-    Returns in how many places counts were compared, and the layers that were in no draw as active
-    as a proof asks for: path, percentage of counts that are not 0, whether any is saturated.
-    Raises what conversion raises.
+    Returns in how many places counts were compared, how far the traced network's outputs are from
+    the model's (relative, L2), and the layers that were in no draw as active as a proof asks for:
+    path, percentage of counts that are not 0, whether any is saturated. Raises what conversion
+    raises.
     """
     left: dict[str, tuple[float, bool]] | None = None
     for seed in range(DRAWS):
-        sites, pixels, activity = _drawn(name, seed)
+        drawn, activity = _drawn(name, seed)
         unsuited = {
             path: (share, full)
             for path, share, full in activity
@@ -92,15 +94,14 @@ def verified(name: str) -> dict[str, Any]:
     told = [[path, *found] for path, found in (left or {}).items()]
     return {
         "equal": True,
-        "sites": sites,
-        "pixels": pixels,
+        **drawn,
         "layers": len(activity),
         "draws": seed + 1,
         "unsuited_layers": told,
     }
 
 
-def _drawn(name: str, seed: int) -> tuple[int, int, list[tuple[str, float, bool]]]:
+def _drawn(name: str, seed: int) -> tuple[dict[str, Any], list[tuple[str, float, bool]]]:
     torch.manual_seed(seed)
     loaded = load_model(name, pretrained=False)
     model, preprocessing = _small(loaded.model, loaded.preprocessing)
@@ -110,7 +111,12 @@ def _drawn(name: str, seed: int) -> tuple[int, int, list[tuple[str, float, bool]
     randomise_(model, preprocessing.normalize(pixels[:CALIBRATED]), generator)
     conversion = convert(model, preprocessing, [pixels[:CALIBRATED]], timesteps=TIMESTEPS)
     found, _ = check_equal(conversion, pixels[-VERIFIED:])
-    return found.sites, height, _activity(conversion.network, pixels)
+    traced = conversion.traced
+    with torch.no_grad():
+        pair = [flatten_outputs(m(traced.example.clone())) for m in (traced.module, model)]
+    far = max(difference(*(outputs[key] for outputs in pair)) for key in pair[0])
+    told = {"sites": found.sites, "pixels": height, "trace_difference": float(f"{far:.3g}")}
+    return told, _activity(conversion.network, pixels)
 
 
 def randomise_(model: nn.Module, x: Tensor, generator: torch.Generator) -> None:
