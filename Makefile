@@ -9,7 +9,7 @@ CXX ?= g++
 DEMO := demo/digits_resnet.snn.safetensors
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check check-native format docs clean
+.PHONY: help demo test check check-native format docs coverage clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
@@ -37,6 +37,7 @@ check: $(STAMP) ## check format, lint, types, generated docs, then test
 	$(BIN)/python docs/generate_cli.py --check
 	$(BIN)/python docs/generate_results.py --check
 	$(BIN)/python docs/generate_performance.py --check
+	$(BIN)/python docs/generate_coverage.py --check
 	$(MAKE) test
 
 $(SANITIZED): $(KERNELS)
@@ -58,6 +59,11 @@ docs: $(STAMP) ## write docs/cli.md, RESULTS.md and the tables of README and per
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_results.py
 	$(BIN)/python docs/generate_performance.py
+	$(BIN)/python docs/generate_coverage.py
+
+coverage: $(STAMP) ## examine all of timm and verify what converts (hours; goes on where it was)
+	$(BIN)/python tests/coverage.py
+	$(BIN)/python docs/generate_coverage.py runs/coverage.jsonl
 
 clean: ## remove what the tools and the demo left behind (not .venv)
 	rm -rf build dist demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
