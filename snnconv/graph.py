@@ -184,7 +184,13 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
             f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}; "
             "control flow that depends on the data must be taken out of forward()"
         ) from error
-    values = rewrite(traced, example)
+    try:
+        values = rewrite(traced, example)
+    except RuntimeError as error:
+        raise NotConvertibleError(
+            f"{type(model).__name__} runs for one size of the batch only once traced "
+            f"({first_line(error)}); sizes in forward() must follow the input's"
+        ) from error
     outputs = flatten_outputs(values.result)
     if set(outputs) != set(expected):
         raise NotConvertibleError("the traced network has other outputs than the model")

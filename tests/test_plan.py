@@ -120,6 +120,17 @@ def test_control_flow_on_data_is_refused() -> None:
         trace(Branching(), SIZE)
 
 
+class Fixed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        size = tuple(int(n) for n in torch.zeros(2, 3, 144).shape)
+        return F.relu(x.reshape(size)).reshape(2, 3, 12, 12)
+
+
+def test_a_network_for_one_size_of_the_batch_is_refused_by_name() -> None:
+    with pytest.raises(NotConvertibleError, match="one size of the batch"):
+        trace(Fixed(), SIZE)
+
+
 def test_a_wrong_input_size_is_refused() -> None:
     with pytest.raises(NotConvertibleError, match="1x12x12"):
         trace(build("residual"), (1, 12, 12))
