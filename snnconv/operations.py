@@ -23,6 +23,12 @@ from snnconv.rewrite.islands import is_analog
 from snnconv.rewrite.translate import analog_call
 
 REPLACE = "use a variant of the network with ReLU"
+NO_TOKENS = "attention over tokens is not converted: choose a network of convolutions"
+# What networks with attention over tokens call, and what timm does not let a tracer enter.
+ATTENTION = (
+    "scaled_dot_product_attention", "matmul", "softmax", "einsum", "bmm", "ConvAttention",
+    "PositionalEncodingFourier", "resample_abs_pos_embed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,10 +148,7 @@ def _module(
         return _conv(m, inputs, shape, same=kind is Conv2dSame)
     if kind is nn.Linear:
         if len(shape) != 1:
-            return unsupported(
-                f"a linear layer over {len(shape)} axes (tokens, channels last)",
-                "only [N, F] and [N, C, H, W] are converted in this version",
-            )
+            return unsupported(f"a linear layer over {len(shape)} axes (tokens)", NO_TOKENS)
         return Operation("linear", inputs, module=m)
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, *AFFINE):
         if m.running_mean is None:
@@ -199,7 +202,7 @@ def _module(
         return _pad(inputs, shape, list(m.padding), _PADDINGS[kind], None)
     if isinstance(m, nn.Upsample):
         return _upsample(out, inputs, shape, m.mode)
-    return unsupported(f"{kind.__name__} is not supported")
+    return _not_supported(kind.__name__, kind.__name__)
 
 
 def _conv(m: nn.Conv2d, inputs: Any, shape: tuple[int, ...], *, same: bool) -> Operation:
@@ -448,7 +451,11 @@ def _function(
         return _slice(node, inputs, shape)
     if name in ("dropout", "identity"):
         return Operation("identity", inputs)
-    return unsupported(f"{name}() is not supported")
+    return _not_supported(name, f"{name}()")
+
+
+def _not_supported(name: str, what: str) -> Operation:
+    return unsupported(f"{what} is not supported", NO_TOKENS if name in ATTENTION else REPLACE)
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:

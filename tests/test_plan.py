@@ -88,6 +88,7 @@ def test_there_is_one_neuron_per_activation_call(name: str) -> None:
         (lambda x: x.sin(), "sin"),
         (lambda x: x.sin() * x, "sin"),
         (lambda x: x.clamp(-1, 2), "clamp"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), "attention over tokens"),
         (lambda x: x.softmax(0), "softmax"),
     ],
 )
