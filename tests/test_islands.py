@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from snnconv.graph import trace
 from snnconv.network import Island
 from snnconv.pipeline import Conversion, check_equal, convert, float_qann
 from snnconv.plan import make_plan
+from snnconv.train.student import Student
 
 
 def gated(net: Net, x: Tensor) -> Tensor:
@@ -199,6 +201,28 @@ def test_a_wrong_constant_of_a_program_is_found() -> None:
     weight[0, 0, 2] *= 1.5
     with pytest.raises(NotEqualError):
         check_equal(conversion, images(4, 2))
+
+
+@pytest.mark.parametrize("name", ["convnext", "response normalised", "split attention"])
+def test_islands_can_be_trained_through(name: str) -> None:
+    """What trains stands in front of them too; a program's own constants stay."""
+
+    def retrain(traced: Any, plan: Any, qann: Any) -> dict[str, Any]:
+        student = Student(traced, plan, qann, PREPROCESSING, 6)
+        student(images(8, 1))["logits"].square().sum().backward()
+        first = student.network.get_parameter("stem.weight")
+        assert first.grad is not None and float(first.grad.abs().sum()) > 0
+        with torch.no_grad():
+            for parameter in student.trained():
+                assert parameter.grad is not None and bool(parameter.grad.isfinite().all())
+                parameter -= 1e-2 * parameter.grad.sign()
+        student.refresh()
+        return {}
+
+    before, after = (converted(name, retrain=how).network for how in (None, retrain))
+    weights = [n.populations[0].branches[0].weight for n in (before, after)]
+    assert not torch.equal(*weights)
+    assert check_equal(converted(name, retrain=retrain), images(4, 2))[0].equal
 
 
 @pytest.mark.parametrize(
