@@ -17,10 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from snnconv import program
+
 # How many integers the largest output that calibration saw is worth per step, and where outputs
 # that are larger end.
 RESOLUTION = 128
 LARGEST = 2 * RESOLUTION
+# What two ways to compute a function in float64 differ by must not decide how a half is rounded.
+ABOVE_HALF = 0.5 + 2.0**-20
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "celu": F.celu,
@@ -71,7 +75,12 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def compute(function: str, attributes: dict[str, Any], inputs: Sequence[Tensor]) -> Tensor:
-    """Apply a function to tensors of one number type, `[N, C, ...]`."""
+    """Apply a function to tensors of one number type, `[N, C, ...]`.
+
+    The function `program` (`snnconv.program`) has `steps` and `constants` as its attributes.
+    """
+    if function == "program":
+        return program.run(inputs, **attributes, functions=FUNCTIONS)
     return FUNCTIONS[function](*inputs, **attributes)
 
 
@@ -94,7 +103,9 @@ def emitted(
         axes = [1] * (counts.ndim - 3)
         total = counts.double() * worth.double().view(-1, *axes)
         means.append(total / times.view(-1, 1, 1, *axes))
-    result = compute(function, attributes, means)
+    lead = torch.broadcast_shapes(*(mean.shape[:2] for mean in means))
+    flat = [mean.expand(*lead, *mean.shape[2:]).flatten(0, 1) for mean in means]
+    result = compute(function, attributes, flat).unflatten(0, lead)
     axes = [1] * (result.ndim - 3)
     per_step = (result / unit.double().view(-1, *axes)).clamp(-LARGEST, LARGEST)
-    return (per_step * steps.double().view(-1, 1, 1, *axes) + 0.5).floor()
+    return (per_step * steps.double().view(-1, 1, 1, *axes) + ABOVE_HALF).floor()

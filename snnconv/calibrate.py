@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snnconv.analog import RESOLUTION, compute
 from snnconv.errors import DataError, UsageError
-from snnconv.ops import rearranged_channels
+from snnconv.ops import per_channel, rearranged_channels
 from snnconv.plan import Relay, Source
 from snnconv.quant import Branch, Island, Layer, Qann, quantize
 
@@ -26,6 +26,8 @@ DEFAULT_PERCENTILE = 99.9
 BINS = 2048
 # Points by which the moments of an analog function are estimated.
 QUANTILES = 1024
+# The same for programs: numbers to draw, and images at least.
+NUMBERS_DRAWN, FEWEST_IMAGES = 2**20, 4
 CANDIDATES = 512
 # Smallest clip of a channel, as a share of its layer's largest: a bound on the range of integers.
 SMALLEST_SHARE = 1 / 16
@@ -222,6 +224,8 @@ def _relay_moments(node: Relay, inputs: list[_Moments]) -> _Moments:
 
 def _island_moments(node: Island, inputs: list[_Moments]) -> _Moments:
     """Estimate the moments of a function of independent normal variables by their quantiles."""
+    if node.function == "program":
+        return _program_moments(node, inputs)
     shares = (torch.arange(QUANTILES, dtype=torch.float64) + 0.5) / QUANTILES
     normal = torch.special.ndtri(shares)
     generator = torch.Generator().manual_seed(0)
@@ -231,6 +235,20 @@ def _island_moments(node: Island, inputs: list[_Moments]) -> _Moments:
         drawn.append(given.mean.double() + given.variance.double().sqrt() * normal[order, None])
     result = compute(node.function, node.attributes, drawn)
     return _Moments(result.mean(0), result.var(0))
+
+
+def _program_moments(node: Island, inputs: list[_Moments]) -> _Moments:
+    """Estimate the moments of a program's result from images of independent normal numbers."""
+    generator = torch.Generator().manual_seed(0)
+    largest = max(math.prod(shape) for shape in node.input_shapes)
+    images = min(max(NUMBERS_DRAWN // largest, FEWEST_IMAGES), QUANTILES)
+    drawn = []
+    for given, shape in zip(inputs, node.input_shapes, strict=True):
+        normal = torch.randn(images, *shape, generator=generator, dtype=torch.float64)
+        deviation = per_channel(given.variance.double().sqrt(), normal.ndim)
+        drawn.append(per_channel(given.mean.double(), normal.ndim) + deviation * normal)
+    result = compute(node.function, node.attributes, drawn).transpose(0, 1).flatten(1)
+    return _Moments(result.mean(1), result.var(1))
 
 
 def _branch_moments(branch: Branch, weight: Tensor, source: _Moments) -> _Moments:

@@ -241,11 +241,13 @@ def _node_to_json(node: Node, tensors: dict[str, Tensor]) -> dict[str, Any]:
         values = {
             "path": node.path,
             "function": node.function,
-            "attributes": node.attributes,
+            "attributes": {k: v for k, v in node.attributes.items() if k != "constants"},
             "inputs": node.inputs,
             "shape": node.shape,
             "depth": node.depth,
         }
+        for i, constant in enumerate(node.attributes.get("constants", ())):
+            tensors[f"{node.name}/constant{i}"] = constant
         tensors[f"{node.name}/unit"] = node.unit
     else:
         values = {"shape": node.shape, "depth": node.depth}
@@ -300,6 +302,21 @@ def _attributes(value: dict[str, Any], expected: set[str]) -> dict[str, Any]:
     return {k: _pool(v) if k == "pool" else _tuples(v) for k, v in value.items()}
 
 
+def _program(name: str, value: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Read the steps of an island's program and its constants, finite float64."""
+    if set(value) != {"steps"}:
+        raise ValueError(f"{name}: attributes {sorted(value)} of a program")
+    steps = tuple(
+        (operation, _tuples(operands), {k: _tuples(v) for k, v in attributes.items()})
+        for operation, operands, attributes in value["steps"]
+    )
+    read = sum(f"{name}/constant{i}" in tensors for i in range(len(tensors)))
+    constants = tuple(_tensor(tensors, f"{name}/constant{i}", torch.float64) for i in range(read))
+    if not all(bool(constant.isfinite().all()) for constant in constants):
+        raise ValueError(f"{name}: constants that are no numbers")
+    return {"steps": steps, "constants": constants}
+
+
 def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
     name, kind, shape = entry["name"], entry["kind"], _tuples(entry["shape"])
     if kind == "image":
@@ -309,13 +326,16 @@ def _node_from_json(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Node:
         attributes = _attributes(entry["attributes"], expected)
         return Relay(name, entry["op"], _tuples(entry["inputs"]), shape, attributes)
     if kind == "island":
-        if entry["function"] not in FUNCTIONS:
+        attributes = dict(entry["attributes"])
+        if entry["function"] == "program":
+            attributes = _program(name, entry["attributes"], tensors)
+        elif entry["function"] not in FUNCTIONS:
             raise ValueError(f"{name} is of unknown function {entry['function']!r}")
         return Island(
             name,
             entry["path"],
             entry["function"],
-            dict(entry["attributes"]),
+            attributes,
             _tuples(entry["inputs"]),
             shape,
             entry["depth"],

@@ -16,14 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from snnconv.analog import NAMES
 from snnconv.graph import Traced
 from snnconv.ops import Pool, adaptive_windows, pool_windows
-from snnconv.rewrite import AFFINE, Neurons, Rearrangement
+from snnconv.rewrite import AFFINE, Composite, Neurons, Rearrangement
 from snnconv.rewrite.islands import is_analog
-from snnconv.rewrite.tools import name_of
+from snnconv.rewrite.translate import analog_call
 
 REPLACE = "use a variant of the network with ReLU"
+NO_TOKENS = "attention over tokens is not converted: choose a network of convolutions"
+# What networks with attention over tokens call, and what timm does not let a tracer enter.
+ATTENTION = (
+    "scaled_dot_product_attention", "matmul", "softmax", "einsum", "bmm", "ConvAttention",
+    "PositionalEncodingFourier", "resample_abs_pos_embed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,21 +79,16 @@ def describe(traced: Traced, node: fx.Node) -> Operation:
 
 def _analog(traced: Traced, node: fx.Node) -> Operation:
     """Describe a function that is no sum of spikes."""
-    function, names = NAMES[name_of(traced.module, node)]
     inputs = tuple(n for n in node.args if isinstance(n, fx.Node) and n.name in traced.shapes)
-    attributes: dict[str, Any] = {}
-    if node.op == "call_module":
-        owner = traced.module.get_submodule(str(node.target))
-        attributes = {name: getattr(owner, name) for name in names}
-    else:
-        rest = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)
-        attributes = {name: rest[name] for name in names if name in rest}
+    owner: Any = traced.module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(owner, Composite):
+        program = {"steps": owner.steps, "constants": owner.constants}
+        return Operation("analog", inputs, {"function": "program", "attributes": program})
+    function, attributes = analog_call(traced.module, node)
     if function == "product":
-        first, *others = (traced.shapes[n.name] for n in inputs)
-        gates = [first, *others]
-        alike = len({len(shape) for shape in gates}) == 1 and len(inputs) == 2
-        if not alike or any(shape[0] != first[0] for shape in others):
-            return unsupported("a product that broadcasts channels", "multiply equal channels")
+        shapes = [traced.shapes[n.name] for n in inputs]
+        if len(shapes) != 2 or len(shapes[0]) != len(shapes[1]):
+            return unsupported("a product of an image and a vector", "multiply images")
     return Operation("analog", inputs, {"function": function, "attributes": attributes})
 
 
@@ -148,10 +148,7 @@ def _module(
         return _conv(m, inputs, shape, same=kind is Conv2dSame)
     if kind is nn.Linear:
         if len(shape) != 1:
-            return unsupported(
-                f"a linear layer over {len(shape)} axes (tokens, channels last)",
-                "only [N, F] and [N, C, H, W] are converted in this version",
-            )
+            return unsupported(f"a linear layer over {len(shape)} axes (tokens)", NO_TOKENS)
         return Operation("linear", inputs, module=m)
     if kind in (nn.BatchNorm1d, nn.BatchNorm2d, *AFFINE):
         if m.running_mean is None:
@@ -205,7 +202,7 @@ def _module(
         return _pad(inputs, shape, list(m.padding), _PADDINGS[kind], None)
     if isinstance(m, nn.Upsample):
         return _upsample(out, inputs, shape, m.mode)
-    return unsupported(f"{kind.__name__} is not supported")
+    return _not_supported(kind.__name__, kind.__name__)
 
 
 def _conv(m: nn.Conv2d, inputs: Any, shape: tuple[int, ...], *, same: bool) -> Operation:
@@ -354,6 +351,16 @@ def _upsample(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...], mode: s
     return Operation("gather", inputs, {"rows": rows, "columns": columns})
 
 
+def _expand(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...]) -> Operation:
+    if len(shape) != 3 or len(out) != 3 or shape[0] != out[0]:
+        return unsupported(f"expanding {shape} to {out}", "expand over pixels only")
+    rows, columns = (
+        tuple(i if before == after else 0 for i in range(after))
+        for before, after in zip(shape[1:], out[1:], strict=True)
+    )
+    return Operation("gather", inputs, {"rows": rows, "columns": columns})
+
+
 _SAME_NAME = {
     "relu_": "relu",
     "relu6_": "relu6",
@@ -438,6 +445,8 @@ def _function(
         return unsupported("a reshape other than flattening all axes but the batch")
     if name == "pad":
         return _pad(inputs, shape, list(arg(1, "pad")), arg(2, "mode", "constant"), arg(3, "value"))
+    if name == "expand":
+        return _expand(traced.shapes[node.name], inputs, shape)
     if name in ("interpolate", "upsample"):
         mode = arg(3, "mode", "nearest")
         return _upsample(traced.shapes[node.name], inputs, shape, mode)
@@ -445,14 +454,11 @@ def _function(
         return _slice(node, inputs, shape)
     if name in ("dropout", "identity"):
         return Operation("identity", inputs)
-    if name in _PRODUCTS:
-        return unsupported(
-            "attention multiplies activations with each other", "take a convolutional network"
-        )
-    return unsupported(f"{name}() is not supported")
+    return _not_supported(name, f"{name}()")
 
 
-_PRODUCTS = ("scaled_dot_product_attention", "matmul", "bmm", "einsum", "baddbmm")
+def _not_supported(name: str, what: str) -> Operation:
+    return unsupported(f"{what} is not supported", NO_TOKENS if name in ATTENTION else REPLACE)
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:

@@ -21,13 +21,11 @@ from snnconv.errors import NotConvertibleError
 from snnconv.graph import Traced, flatten_outputs
 from snnconv.operations import Operation, describe
 from snnconv.ops import Pool
+from snnconv.rewrite.modules import TWO_SIDED
 
 ROLES = (
     "synapse", "neuron", "exact", "folded", "removed", "analog", "unsupported", "unexamined",
 )  # fmt: skip
-
-# What neurons are called that the model has no activation for.
-TWO_SIDED = "two-sided neuron"
 
 Key = tuple[str, ...]
 
@@ -124,6 +122,7 @@ class Island:
     function: str
     attributes: dict[str, Any]
     inputs: tuple[str, ...]
+    input_shapes: tuple[tuple[int, ...], ...]
     shape: tuple[int, ...]
 
 
@@ -275,8 +274,8 @@ class _Planner:
     def note(self, node: fx.Node, role: str, reason: str = "", remedy: str = "") -> None:
         name = node.target if isinstance(node.target, str) else node.name
         if node.op == "call_module":
-            name = type(self.traced.module.get_submodule(str(node.target))).__name__
-            name = TWO_SIDED if name == "Neurons" else name
+            module = self.traced.module.get_submodule(str(node.target))
+            name = str(getattr(module, "label", type(module).__name__))
         elif node.op == "call_function":
             name = getattr(node.target, "__name__", str(node.target))
         path = self.traced.path(node)
@@ -421,8 +420,10 @@ class _Planner:
         inputs = tuple(self.materialize(v, why).node for v in self.read(operation))
         function, attributes = (operation.attributes[k] for k in ("function", "attributes"))
         path, shape = self.traced.path(node), self.shapes[node.name]
-        self.nodes.append(Island(node.name, path, function, attributes, inputs, shape))
-        self.note(node, "analog", f"{function} is no sum of spikes")
+        shapes = tuple(self.shapes[n.name] for n in operation.inputs)
+        self.nodes.append(Island(node.name, path, function, attributes, inputs, shapes, shape))
+        what = "it" if function == "program" else function
+        self.note(node, "analog", f"{what} is no sum of spikes")
         return _Counts(node.name, True, analog=True)
 
     def part(self, node: fx.Node, counts: _Counts, low: int | None, high: int | None) -> _Counts:

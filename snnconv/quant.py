@@ -184,7 +184,7 @@ class Island(nn.Module):
         super().__init__()
         self.name, self.path, self.shape = planned.name, planned.path, planned.shape
         self.function, self.attributes = planned.function, planned.attributes
-        self.inputs = planned.inputs
+        self.inputs, self.input_shapes = planned.inputs, planned.input_shapes
         self.register_buffer("unit", torch.full((self.shape[0],), float("inf")))
 
     def forward(self, inputs: list[Tensor]) -> Tensor:

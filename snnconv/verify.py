@@ -30,6 +30,8 @@ HALF_UNIT = 0.5 + 1e-5
 FOLDING = 2.0**-22
 # Where the output of an island ends, in integers per step.
 LARGEST_OF_ISLANDS = 256
+# A half is rounded up, and what float64 takes for a little less than one.
+NEARLY_HALF = 0.5 + 2.0**-20
 ADDITIONS = (operator.add, operator.iadd, torch.add, "add", "add_")
 
 
@@ -181,7 +183,8 @@ class _Oracle:
 
         found = self.apply(node, mean)
         found = found / _spread(island.unit, found)
-        return (found.clamp(-LARGEST_OF_ISLANDS, LARGEST_OF_ISLANDS) * self.timesteps + 0.5).floor()
+        found = found.clamp(-LARGEST_OF_ISLANDS, LARGEST_OF_ISLANDS)
+        return (found * self.timesteps + NEARLY_HALF).floor()
 
     def worth(self, node: fx.Node) -> Tensor:
         """Return what a count of a population, a map of one, or an island is worth, `[C]`."""

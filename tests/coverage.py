@@ -189,18 +189,18 @@ def _activity(network: Any, pixels: Tensor) -> list[tuple[str, float, bool]]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError if a block takes longer."""
+    """Raise TimeoutError if a block takes more of the processor's time."""
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} s")
+        raise TimeoutError(f"it takes more than {seconds:g} s of a processor")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def row(name: str, seconds: float, examine_only: bool) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from timm.models.nfnet import GammaAct
 from torch import nn
 
 from snnconv.checkpoint import load_network
@@ -399,3 +401,7 @@ def test_activations_are_replaced_in_a_copy() -> None:
     assert isinstance(changed[2][1], nn.Sigmoid) and isinstance(model[1], nn.GELU)
     alone, found = replace_activations(nn.SiLU())
     assert isinstance(alone, nn.ReLU) and found == {"SiLU": 1}
+    act = GammaAct("silu", gamma=1.5)
+    changed, found = replace_activations(act)
+    assert found == {"GammaAct of silu": 1}
+    assert changed(torch.tensor([-1.0, 2.0])).tolist() == [0, 3] and act.act_fn is F.silu

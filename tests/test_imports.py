@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from its own row and from the rows above it.
 LAYERS = [
-    {"errors", "progress", "preprocess", "ops", "distributed"},
+    {"errors", "progress", "preprocess", "ops", "program", "distributed"},
     {"recipe", "analog"},
     {"rewrite"},
     {"graph", "load", "replace"},

@@ -83,13 +83,13 @@ def test_there_is_one_neuron_per_activation_call(name: str) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (nn.GroupNorm(2, 4), "GroupNorm"),
         (nn.LocalResponseNorm(2), "LocalResponseNorm"),
         (nn.Hardshrink(), "Hardshrink"),
         (lambda x: x.sin(), "sin"),
-        (lambda x: x * x.mean(1, keepdim=True), "product that broadcasts channels"),
+        (lambda x: x.sin() * x, "sin"),
         (lambda x: x.clamp(-1, 2), "clamp"),
-        (lambda x: x.softmax(1), "softmax"),
+        (lambda x: F.scaled_dot_product_attention(x, x, x), "attention over tokens"),
+        (lambda x: x.softmax(0), "softmax"),
     ],
 )
 def test_what_cannot_spike_is_refused_with_reason_and_remedy(body: object, reason: str) -> None:

@@ -29,6 +29,8 @@ class Net(nn.Module):
         self.register_buffer("kernel", torch.rand(8, 1, 3, 3))
         self.register_buffer("mean", torch.randn(8))
         self.register_buffer("variance", torch.rand(8) + 0.5)
+        self.linear, self.over_channels = nn.Linear(8, 8), nn.Conv1d(1, 1, 3, padding=1)
+        self.layer_norm, self.group_norm = nn.LayerNorm(8), nn.GroupNorm(2, 8)
         self.scalar = nn.Parameter(torch.tensor(0.7))
         self.larger = nn.UpsamplingBilinear2d((23, 12))
         self.body, self.head = body, nn.Linear(channels, 5)
@@ -78,6 +80,28 @@ def space_to_depth(net: Net, x: Tensor) -> Tensor:
     n, c, h, w = x.shape
     x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4)
     return x.reshape(n, c * 4, h // 2, w // 2)
+
+
+def channels_last(net: Net, x: Tensor) -> Tensor:
+    """Linear layers, calculations and reductions over the last axis, and the channels put back."""
+    y = net.second(x).permute(0, 2, 3, 1)
+    weight = nn.Parameter(net.second.weight[:, :, 0, 0])
+    y = F.relu(F.linear(y, weight, net.mean)) * net.gain + net.variance
+    y = torch.cat([y[..., 3:], y[:, :, :, :3]], -1)
+    return x + y.permute(0, 3, 1, 2)
+
+
+def channels_last_and_split(net: Net, x: Tensor) -> Tensor:
+    x = x.permute(0, 2, 3, 1)
+    first, second = net.linear(x).split([3, 5], -1)
+    pixels = F.relu(torch.cat([second, first], -1)).mean((1, 2))
+    return net.second(F.relu(x).permute(0, 3, 1, 2)) + pixels[:, :, None, None]
+
+
+def unbound(net: Net, x: Tensor) -> Tensor:
+    """Channels in two groups, taken one by one."""
+    first, second = net.second(x).view(x.shape[0], 2, 4, x.shape[2], x.shape[3]).unbind(1)
+    return torch.cat([second, first], 1)
 
 
 BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
@@ -132,6 +156,17 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
     "pixels become channels": (lambda n, x: F.pixel_unshuffle(n.second(x), 2), 32),
     "space to depth": (space_to_depth, 32),
     "turned": (lambda n, x: n.second(x.transpose(2, 3)), 8),
+    "channels last": (channels_last, 8),
+    "channels last and split": (channels_last_and_split, 8),
+    "unbound": (unbound, 8),
+    "split twice": (
+        lambda n, x: torch.cat([n.second(x).chunk(2, 1)[1].split(3, 1)[0], x[:, 3:]], 1), 8
+    ),
+    "cast": (lambda n, x: n.second(x.float() * n.gain.view(-1, 1, 1).to(x.dtype)).type_as(x), 8),
+    "added to every pixel": (lambda n, x: n.second(x) + x.mean((2, 3), keepdim=True), 8),
+    "expanded": (
+        lambda n, x: x + F.adaptive_max_pool2d(n.second(x), 1).expand(-1, -1, x.shape[2], 12), 8
+    ),
     "counts times a constant": (lambda n, x: n.second(x * n.gain.abs().view(-1, 1, 1)), 8),
 }  # fmt: skip
 
@@ -161,16 +196,15 @@ def test_a_parameter_that_is_used_as_it_is_stays_the_one_it_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("body", "channels"),
+    "body",
     [
-        (lambda n, x: n.second(x.reshape(x.shape[0], 12, 8, 12).transpose(1, 2)), 8),
-        (lambda n, x: F.pixel_shuffle(n.second(x), 2), 2),
+        lambda n, x: n.second(x.reshape(x.shape[1], -1, 12, 12).transpose(0, 1)),
+        lambda n, x: n.second(x - x.mean(0, keepdim=True)),
+        lambda n, x: n.second(x.softmax(0)),
     ],
 )
-def test_channels_that_are_mixed_are_refused(
-    body: Callable[[Net, Tensor], Tensor], channels: int
-) -> None:
-    model = Net(body, channels).eval()
+def test_images_that_are_mixed_are_refused(body: Callable[[Net, Tensor], Tensor]) -> None:
+    model = Net(body).eval()
     with pytest.raises(NotConvertibleError, match="cannot be converted"):
         convert(model, PREPROCESSING, calibration="bn")
 

@@ -1,7 +1,8 @@
 """Write a traced graph anew, in the few operations that the rest of the package knows.
 
 Networks say the same in many ways: a weight that is standardised in every pass is a constant, half
-of a split is a slice, a LeakyReLU is the difference of two ReLUs. Every pass here leaves what the
+of a split is a slice, a LeakyReLU is the difference of two ReLUs, a linear layer over channels that
+stand last is a 1x1 convolution. Every pass here leaves what the
 graph computes as it is; `snnconv.graph.trace` holds the result against the model.
 """
 
@@ -10,22 +11,27 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from snnconv.rewrite.arithmetic import arithmetic
-from snnconv.rewrite.constants import constants, sizes
+from snnconv.rewrite.broadcasts import broadcasts
+from snnconv.rewrite.channels_last import channels_last
+from snnconv.rewrite.composites import Composite, composites
+from snnconv.rewrite.constants import casts, constants, sizes
 from snnconv.rewrite.in_place import in_place
 from snnconv.rewrite.islands import islands
 from snnconv.rewrite.leaky import leaky
 from snnconv.rewrite.modules import AFFINE, Neurons, Rearrangement
+from snnconv.rewrite.norms import norms
 from snnconv.rewrite.pools import pools
 from snnconv.rewrite.rearrangements import rearrangements
 from snnconv.rewrite.splits import splits
 from snnconv.rewrite.tools import Values
 from snnconv.rewrite.upsampling import upsampling
 
-__all__ = ["AFFINE", "Neurons", "Rearrangement", "Values", "rewrite"]
+__all__ = ["AFFINE", "Composite", "Neurons", "Rearrangement", "Values", "rewrite"]
 
 # In this order; each takes the graph and its values, and returns whether it changed anything.
 CHANGES = (
-    sizes, constants, splits, rearrangements, arithmetic, leaky, pools, upsampling, islands,
+    casts, sizes, constants, splits, norms, channels_last, rearrangements, pools, upsampling,
+    broadcasts, composites, arithmetic, leaky, islands,
 )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from snnconv.rewrite.tools import (
     replace_by_module,
 )
 
-_ARITHMETIC = {
+ARITHMETIC = {
     "mul": "mul", "mul_": "mul", "imul": "mul", "multiply": "mul",
     "add": "add", "add_": "add", "iadd": "add",
     "sub": "sub", "sub_": "sub", "isub": "sub", "rsub": "rsub",
@@ -33,7 +33,7 @@ def arithmetic(module: fx.GraphModule, values: Values) -> bool:
     for node in list(module.graph.nodes):
         if node in known or node.name not in values.shapes or node.op == "call_module":
             continue
-        kind = _ARITHMETIC.get(name_of(module, node))
+        kind = ARITHMETIC.get(name_of(module, node))
         if kind is None:
             continue
         shape = values.shapes[node.name]

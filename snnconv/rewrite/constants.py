@@ -17,6 +17,8 @@ from snnconv.rewrite.tools import (
     replace_by_module,
 )
 
+_CASTS = ("bfloat16", "double", "float", "half", "to", "type_as")
+
 
 def sizes(module: fx.GraphModule, values: Values) -> bool:
     """Put numbers that depend on the size of the image, but not on the batch, in their places."""
@@ -33,6 +35,20 @@ def sizes(module: fx.GraphModule, values: Values) -> bool:
             continue
         for user in list(node.users):
             put_in_place(user, node, fixed[node.name])
+            changed = True
+    return changed
+
+
+def casts(module: fx.GraphModule, values: Values) -> bool:
+    """Drop changes of a tensor's number type; there is one for the whole network."""
+    changed = False
+    for node in list(module.graph.nodes):
+        source = node.args[0] if node.args else None
+        if node.op != "call_method" or not isinstance(source, fx.Node):
+            continue
+        if str(node.target) in _CASTS and source.name in values.shapes:
+            node.replace_all_uses_with(source)
+            module.graph.erase_node(node)
             changed = True
     return changed
 

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import fx, nn
 
 from snnconv.analog import NAMES
+from snnconv.rewrite.composites import Composite
 from snnconv.rewrite.modules import AFFINE, Neurons
 from snnconv.rewrite.tools import Values, known_values, name_of, path_of
 
@@ -45,7 +46,9 @@ def islands(module: fx.GraphModule, values: Values) -> bool:
 
 def is_analog(module: fx.GraphModule, node: fx.Node, values: Shaped) -> bool:
     """Return whether a node is a function that `snnconv.analog` knows, of images or vectors."""
-    if not node.op.startswith("call") or name_of(module, node) not in NAMES:
+    if not node.op.startswith("call"):
+        return False
+    if name_of(module, node) not in (*NAMES, Composite.__name__):
         return False
     tensors = [n for n in node.all_input_nodes if n.name in values.shapes]
     return len(values.shapes.get(node.name, ())) in (1, 3) and len(tensors) >= 1

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 Step = tuple[str, tuple[int, ...]]
 
+# What neurons are called that the model has no activation for.
+TWO_SIDED = "two-sided neuron"
+
 
 class Affine1d(nn.BatchNorm1d):
     """A multiplication and an addition per channel, `[N, F]`; there is nothing it normalises."""
@@ -34,6 +37,8 @@ def affine(gain: Tensor, shift: Tensor, pixels: bool) -> nn.Module:
 
 class Neurons(nn.Identity):
     """A place where two-sided neurons stand; in float it changes nothing."""
+
+    label = TWO_SIDED
 
 
 class Rearrangement(nn.Module):

@@ -12,13 +12,13 @@ from snnconv.ops import rearrange
 from snnconv.rewrite.modules import Rearrangement, Step
 from snnconv.rewrite.tools import Values, argument, name_of, path_of
 
-_RESHAPES = ("view", "reshape", "flatten", "unflatten", "Flatten", "Unflatten")
+RESHAPES = ("view", "reshape", "flatten", "unflatten", "Flatten", "Unflatten")
 
 
-_PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
+PERMUTATIONS = ("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis")
 
 
-_SHUFFLES = (
+SHUFFLES = (
     "PixelShuffle", "pixel_shuffle", "PixelUnshuffle", "pixel_unshuffle", "ChannelShuffle",
     "channel_shuffle", "native_channel_shuffle",
 )  # fmt: skip
@@ -29,7 +29,7 @@ def rearrangements(module: fx.GraphModule, values: Values) -> bool:
     changed = False
     for node in list(module.graph.nodes):
         chain = _chain(module, node, values)
-        steps = [_steps(module, n, values) for n in chain]
+        steps = [steps_of(module, n, values) for n in chain]
         if not chain or any(s is None for s in steps):
             continue
         source: Any = node.args[0]
@@ -69,7 +69,7 @@ def _chain(module: fx.GraphModule, node: fx.Node, values: Values) -> list[fx.Nod
 def _moves(module: fx.GraphModule, node: fx.Node, values: Values) -> bool:
     if not node.args or not node.op.startswith("call"):
         return False
-    known = (*_RESHAPES, *_PERMUTATIONS, *_SHUFFLES, "contiguous")
+    known = (*RESHAPES, *PERMUTATIONS, *SHUFFLES, "contiguous")
     sizes = [n for n in node.all_input_nodes if n is not node.args[0]]
     return name_of(module, node) in known and all(n.name in values.others for n in sizes)
 
@@ -90,16 +90,16 @@ def _call(
     return lambda x: function(x, *rest, **kwargs)
 
 
-def _steps(module: fx.GraphModule, node: fx.Node, values: Values) -> tuple[Step, ...] | None:
+def steps_of(module: fx.GraphModule, node: fx.Node, values: Values) -> tuple[Step, ...] | None:
     """Return what a node does as reshapes and permutations; None if it moves the batch's axis."""
     source: Any = node.args[0]
     before, after = values.shapes[source.name], values.shapes[node.name]
     name = name_of(module, node)
     if name == "contiguous":
         return ()
-    if name in _RESHAPES:
+    if name in RESHAPES:
         return (("reshape", after),)
-    if name in _PERMUTATIONS:
+    if name in PERMUTATIONS:
         marked = torch.empty(*range(2, len(before) + 3), device="meta")
         axes = tuple(n - 2 for n in _call(module, node, after)(marked).shape)
         return (("permute", axes[1:]),) if axes[0] == 0 else None

@@ -25,15 +25,21 @@ def splits(module: fx.GraphModule, values: Values) -> bool:
         if not isinstance(index, int) or not isinstance(whole, fx.Node):
             continue
         dims = len(values.shapes[whole.name]) + 1
-        axis = int(argument(source, 2, "dim", 0)) % dims
-        if axis == 0 or name_of(module, source) == "unbind":
+        unbound = name_of(module, source) == "unbind"
+        axis = int(argument(source, 1 if unbound else 2, "dim", 0)) % dims
+        if axis == 0:
             continue
         index %= len(parts)
-        first = sum(shape[axis] for shape in parts[:index])
-        bounds = [slice(None)] * axis + [slice(first, first + parts[index][axis])]
+        bounds: list[int | slice] = [slice(None)] * axis
+        if unbound:
+            bounds.append(index)
+        else:
+            first = sum(shape[axis] for shape in parts[:index])
+            bounds.append(slice(first, first + parts[index][axis]))
         with module.graph.inserting_before(node):
             new = module.graph.call_function(operator.getitem, (whole, tuple(bounds)))
         new.meta = dict(node.meta)
+        values.shapes[new.name] = values.shapes[node.name]
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
         changed = True
