@@ -345,8 +345,12 @@ def test_check_knows_what_tracing_and_folding_refuse(capsys: pytest.CaptureFixtu
     found = output(capsys)
     assert found["verdict"] == "not convertible" and len(found["problems"]) == 1
     assert found["mac_share_percent"] == {"spiking": 0.0, "analog": 0.0}
-    assert run(["check", "convnext_atto", "--json"]) == 3
-    assert output(capsys)["mac_share_percent"]["spiking"] < 20
+    assert run(["check", "test_vit", "--json"]) == 3
+    found = output(capsys)
+    assert found["mac_share_percent"]["spiking"] < 20
+    assert any("attention over tokens" in problem for problem in found["problems"])
+    assert run(["check", "test_convnext", "--json"]) == 0
+    assert output(capsys)["mac_share_percent"]["spiking"] > 90
 
 
 def test_an_interrupt_leaves_nothing_behind(
