@@ -89,10 +89,21 @@ def run(
     known = {**functions, **OPERATIONS}
     for i, (operation, operands, attributes) in enumerate(steps):
         try:
-            result = known[operation](*(values[name] for name in operands), **attributes)
-        except (IndexError, KeyError, RuntimeError, TypeError) as error:
+            given = [values[name] for name in operands]
+            if _touches_batch(operation, attributes, given[0].ndim):
+                raise ValueError("it goes over the axis of the batch")
+            result = known[operation](*given, **attributes)
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"step {i} of a program, {operation}: {error}") from error
         if result.ndim < 2 or len(result) != len(first):
             raise ValueError(f"step {i} of a program, {operation}, moves the axis of the batch")
         values[f"s{i}"] = result
     return result
+
+
+def _touches_batch(operation: str, attributes: Mapping[str, Any], axes: int) -> bool:
+    """Return whether an operation on a tensor of so many axes would mix the images of a batch."""
+    touched = [*attributes.get("axes", ()), *([attributes["axis"]] if "axis" in attributes else [])]
+    if operation == "permute":
+        return touched[0] % axes != 0
+    return any(axis % axes == 0 for axis in touched)

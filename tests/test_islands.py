@@ -246,6 +246,9 @@ def test_networks_of_timm(name: str) -> None:
         (("sin", ("x0",), {}),),
         (("mul", ("x0", "s1"), {}),),
         (("reshape", ("x0",), {"shape": (7,)}),),
+        (("softmax", ("x0",), {"axis": 0}),),
+        (("standardize", ("x0",), {"axes": (0, 1), "eps": 1e-5}),),
+        (("permute", ("x0",), {"axes": (1, 0, 2, 3)}),),
     ],
 )
 def test_a_program_that_cannot_run_is_refused(steps: object, tmp_path: Path) -> None:
