@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the reports of training-free conversion in this folder: published networks, evaluated on all
-# test images, calibrated on 1,000 training images (seed 0). Of the ImageNet sample, 200 images
-# calibrate and the other 800 are measured.
+# test images, calibrated on 1,000 training images (seed 0), by clips alone. Of the ImageNet sample,
+# 200 images reconstruct and the other 800 are measured, at the end point of the exact schedules.
 #
 #   model_zoo/results/training_free.sh DATA CHECKPOINTS [PATTERN]
 #
