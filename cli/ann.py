@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from snnconv.errors import UsageError
@@ -22,18 +23,14 @@ def stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
     return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
 
 
-def measure_ann(
-    source: str,
-    network: Any,
-    images: Any,
-    indices: Any,
-    timetable: Any,
-    device: str,
-    progress: console.Progress,
-) -> dict[str, Any]:
-    """Measure the ANN on the same images, and its float QANN unless it was retrained since."""
+def load_forwards(
+    source: str, network: Any, timesteps: int, device: str
+) -> dict[str, Callable[[Any], Any]]:
+    """Return what maps pixels to the logits of the ANN, `ann`, and of its QANN, `qann_float`.
+
+    The latter only if no other weights became of the ANN's.
+    """
     from snnconv.load import load_model
-    from snnconv.measure import top1_percents
     from snnconv.pipeline import float_qann
     from snnconv.replace import replace_activations
 
@@ -49,18 +46,33 @@ def measure_ann(
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
     model, normalize = loaded.model.to(device), network.preprocessing.normalize
     (readout,) = network.readouts
-    forwards = {"ann": lambda pixels: model(normalize(pixels))}
-    if not network.provenance.get("retraining"):
+    forwards: dict[str, Callable[[Any], Any]] = {"ann": lambda pixels: model(normalize(pixels))}
+    changed = (network.provenance.get(key) for key in ("retraining", "reconstruction"))
+    if not any(changed):
         qann_of = loaded.model
         if network.provenance.get("replaced_activations"):
             qann_of, _ = replace_activations(qann_of)
         qann = float_qann(qann_of, network).to(device)
 
         def quantised(pixels: Any) -> Any:
-            outputs = qann(normalize(pixels), timetable.timesteps, offset=network.rounding_offset)
+            outputs = qann(normalize(pixels), timesteps, offset=network.rounding_offset)
             return outputs[readout.name].flatten(1)
 
         forwards["qann_float"] = quantised
+    return forwards
+
+
+def measure_forwards(
+    forwards: dict[str, Callable[[Any], Any]],
+    network: Any,
+    images: Any,
+    indices: Any,
+    device: str,
+    progress: console.Progress,
+) -> dict[str, Any]:
+    """Measure what `load_forwards` gave on the same images."""
+    from snnconv.measure import top1_percents
+
     measured = top1_percents(
         forwards, images, network.preprocessing, indices, device=device, progress=progress
     )

@@ -9,7 +9,7 @@ from typing import Any
 from snnconv.errors import UsageError
 
 from . import console, options
-from .ann import measure_ann, stored_ann
+from .ann import load_forwards, measure_forwards, stored_ann
 
 
 def compare(
@@ -60,8 +60,9 @@ def compare(
         )
         measured = stored_ann(first, images)
         if ann is not None:
-            timetable = first.timetable(timesteps)
-            measured = measure_ann(ann, first, images, indices, timetable, place, progress)["ann"]
+            forwards = load_forwards(ann, first, first.timetable(timesteps).timesteps, place)
+            only = {"ann": forwards["ann"]}
+            measured = measure_forwards(only, first, images, indices, place, progress)["ann"]
     contents = {
         "schema": "snnconv.baselines/1",
         "version": __version__,

@@ -55,8 +55,10 @@ def parse_drain(text: str) -> int | None:
 @options.data_option
 @click.option(
     "--calibration",
-    type=click.Choice(["mse", "percentile", "max", "bn"]),
-    help="How clips are chosen; bn needs no data.  [default: mse with data, bn without]",
+    type=click.Choice(["reconstruct", "mse", "percentile", "max", "bn"]),
+    help="How clips are chosen; reconstruct also fits weights and biases, layer by layer, in place "
+    "of training; bn needs no data.  [default: reconstruct with --epochs 0, else mse; "
+    "without data bn]",
 )
 @click.option(
     "--percentile",
@@ -177,6 +179,7 @@ def command(
     recipe = network.read_recipe()
     timesteps = timesteps or (recipe and recipe.timesteps) or DEFAULT_TIMESTEPS
     weight_bits = weight_bits or (recipe and recipe.weight_bits) or DEFAULT_WEIGHT_BITS
+    asked = calibration is not None
     if calibration is None:
         calibration = "mse" if data else "bn"
     if calibration != "bn":
@@ -208,6 +211,7 @@ def command(
     from snnconv.data import choose_indices
     from snnconv.normalize import with_settings
     from snnconv.pipeline import check_equal, convert
+    from snnconv.reconstruction import FEWEST_IMAGES
 
     percentile = percentile or DEFAULT_PERCENTILE
     place = options.resolve_device(device)
@@ -227,6 +231,12 @@ def command(
         settings = None
     if settings is not None:
         files.require_free(training.resume, force)
+        if calibration == "reconstruct":
+            raise UsageError(
+                "--calibration reconstruct takes the place of training: give --epochs 0"
+            )
+    elif not asked and train is not None and compensation == "none" and shortcut_normalization:
+        calibration = "reconstruct" if len(indices) >= FEWEST_IMAGES else calibration
     held_out: Any = ()
     if settings is not None and not shortcut_normalization:
         raise UsageError(
@@ -344,6 +354,7 @@ def command(
         "calibration": how_calibrated,
         "replaced_activations": {"count": replaced, "ann": after} if replaced else None,
         "shortcut_normalization": shortcut_normalization,
+        "reconstruction": spiking.provenance["reconstruction"],
         "compensation": spiking.provenance["compensation"],
         "retraining": files.described(spiking.provenance["retraining"]),
         "qann": accuracies.get("qann"),
@@ -504,6 +515,20 @@ def _class_names(loaded: LoadedModel, data: ImageData | None) -> list[str] | Non
     return None if names is None else list(names)
 
 
+def _reconstruction(described: dict[str, Any]) -> str:
+    layers = described["layers"]
+    judged = f"on {described['held_out_images']} images that taught nothing"
+    before, after = described["kl_before"], described["kl_after"]
+    outputs = "" if before is None else f", KL {before:.4f} to {after:.4f} from the ANN {judged}"
+    if not described["kept"]:
+        return f"nothing: it was no gain{outputs}"
+    changed = [sum(what in row["kept"] for row in layers) for what in ("weights", "gain", "clip")]
+    return (
+        f"of {len(layers)} layers the weights of {changed[0]}, gains of {changed[1]}, clips of "
+        f"{changed[2]}{outputs or ', judged ' + judged}"
+    )
+
+
 def _compensation(described: dict[str, Any]) -> str:
     images = f"on {described['images']} training images that calibrated nothing"
     if described["kind"] == "bias":
@@ -541,6 +566,8 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
         ("input", describe_input(contents["preprocessing"], model["channels"])),
         ("clips", f"{' '.join(map(str, clips))}, from {source}"),
     ]
+    if contents["reconstruction"] is not None:
+        rows.append(("reconstructed", _reconstruction(contents["reconstruction"])))
     if (exchanged := contents["replaced_activations"]) is not None:
         rows += options.replaced_row(exchanged["count"])
     if model["ann"] is not None:

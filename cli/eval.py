@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from snnconv.errors import UsageError
 
 from . import console, options
-from .ann import measure_ann, stored_ann
+from .ann import load_forwards, measure_forwards, stored_ann
 from .baselines import compare
 from .convert import parse_drain
 
@@ -176,6 +176,7 @@ def command(
     report.require_writable(report_path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
+        forwards = {} if ann is None else load_forwards(ann, network, timetable.timesteps, place)
         evaluation = evaluate(
             network,
             images,
@@ -184,13 +185,13 @@ def command(
             engine=engine,
             device=place,
             seed=seed,
+            ann=forwards.pop("ann", None),
             progress=progress,
         )
         evaluation["checkpoint"] = path.name
-        if ann is not None:
-            evaluation |= measure_ann(ann, network, images, indices, timetable, place, progress)
-        else:
+        if ann is None:
             evaluation["ann"] = stored_ann(network, images)
+        evaluation |= measure_forwards(forwards, network, images, indices, place, progress)
     if distributed.is_leader():
         report.write(report_path, evaluation, console.arguments())
     if as_json:
@@ -235,6 +236,12 @@ def _print(e: dict[str, Any]) -> None:
     if e["ann"] is not None:
         of = f", stored, {e['ann']['images']} images" if e["ann"]["source"] == "stored" else ""
         rows.append(("ANN top-1", f"{e['ann']['top1_percent']:.2f} %{of}"))
+    if e["drop"] is not None:
+        least, most = e["drop"]["interval95_percent"]
+        lost = (
+            f"{e['drop']['percent']:.2f} points, {least:.2f} to {most:.2f} at 95 %, image by image"
+        )
+        rows.append(("drop from the ANN", lost))
     if e["qann_float"] is not None:
         rows.append(("float QANN top-1", f"{e['qann_float']['top1_percent']:.2f} %"))
     rows += [

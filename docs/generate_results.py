@@ -22,7 +22,9 @@ Written by `make docs` from the reports in [results](results); do not edit.
 Every row is one report. All were measured with snnconv on the images named, none was tuned on
 them. *Latency* is in time steps and assumes that spikes travel without delay within a step; in
 brackets, for clocked hardware with one step per hop. *Counts* is the share of spike counts that
-equal the quantised ANN's integers at the end of the run. *Epochs* are those of retraining; 0 is
+equal the quantised ANN's integers at the end of the run. *Drop* is what is lost from the ANN on the
+same images, with its paired 95 % interval; rows without counts are end points of exact schedules,
+computed without simulation. *Epochs* are those of retraining; 0 is
 training-free conversion. Intervals are Wilson's at 95 %. Times were taken on a machine that did
 other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
 ImageNet's training set: good for differences, not for levels.
@@ -92,6 +94,18 @@ def _percent(value: dict[str, Any] | None) -> str:
     return "–" if value is None else f"{value['top1_percent']:.2f}"
 
 
+def _drop(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "–"
+    least, most = value["interval95_percent"]
+    return f"{value['percent']:.2f} ({least:.2f} to {most:.2f})"
+
+
+def _simulated(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+    """Leave a cell empty where only the end point was computed."""
+    return lambda e: "" if e["agreement"] is None else cell(e)
+
+
 _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
@@ -100,10 +114,11 @@ _COLUMNS = {
     "ANN %": lambda e: _percent(e["ann"]),
     "QANN %": lambda e: _percent(e["qann"]),
     "SNN %": lambda e: _percent(e["snn"]),
-    "counts %": lambda e: f"{e['agreement']['counts_percent']:.4g}",
-    "latency, steps": lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})",
-    "spikes per neuron": lambda e: f"{e['spikes']['per_neuron']:.2f}",
-    "negative %": lambda e: f"{e['spikes']['negative_percent']:.1f}",
+    "drop": lambda e: _drop(e.get("drop")),
+    "counts %": _simulated(lambda e: f"{e['agreement']['counts_percent']:.4g}"),
+    "latency, steps": _simulated(lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})"),
+    "spikes per neuron": _simulated(lambda e: f"{e['spikes']['per_neuron']:.2f}"),
+    "negative %": _simulated(lambda e: f"{e['spikes']['negative_percent']:.1f}"),
 }
 
 _ALL_COLUMNS = {
@@ -254,6 +269,8 @@ def _conversion(report: dict[str, Any]) -> str:
     on = calibration["on"]
     images = "no data" if on is None else f"{on['images']} {on['split']} images of {report['data']}"
     method = calibration["method"]
+    if method == "reconstruct":
+        method = _reconstructed(report["reconstruction"])
     if "percentile" in calibration:
         method = f"percentile {calibration['percentile']:g}"
     return (
@@ -262,6 +279,16 @@ def _conversion(report: dict[str, Any]) -> str:
         f"{_compensated(report)}; "
         f"{checked['integers']:,} integers and {checked['sites']} layers and maps verified; "
         f"{_time(report)}.\n"
+    )
+
+
+def _reconstructed(told: dict[str, Any]) -> str:
+    """Say what reconstruction kept, and what it gained."""
+    kept = [sum(what in row["kept"] for row in told["layers"]) for what in ("weights", "gain")]
+    return (
+        f"reconstruction (weights of {kept[0]} and gains of {kept[1]} of {len(told['layers'])} "
+        f"layers kept; KL {told['kl_before']:.3f} to {told['kl_after']:.3f} on "
+        f"{told['held_out_images']} held-out images)"
     )
 
 

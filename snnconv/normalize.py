@@ -133,21 +133,49 @@ def rounded(
     values = spike_values(qann, preprocessing, dtype)
     integers = _integer_layers(qann, values, timesteps, weight_bits)
     for layer, node in zip(qann.weighted(), integers, strict=True):
-        if isinstance(node, Population):
-            unit = node.clip / node.threshold
-            bias = node.bias.to(dtype) + BETWEEN_INTEGERS / timesteps
-        else:
-            unit, bias = torch.ones_like(layer.bias, dtype=dtype) * node.unit, node.bias
-        weights, scales = [], []
-        for branch, synapse in zip(layer.branches, node.branches, strict=True):
-            lcm = math.prod(pool.lcm for pool in branch.pools)
-            scales.append(unit * torch.exp2(synapse.shift) * lcm)
-            row = synapse.weight.to(dtype)
-            worth = values[branch.source][0]
-            inverse = torch.where(worth > 0, 1 / worth, 0.0)
-            row = row * scales[-1].view(-1, *[1] * (row.ndim - 1))
-            weights.append(times_inputs(branch, row, inverse))
-        yield Rounded(weights, scales, bias * unit)
+        yield _rounded(layer, node, values, timesteps)
+
+
+def rounded_layer(
+    qann: Qann,
+    layer: Layer,
+    values: dict[str, tuple[Tensor, Tensor]],
+    timesteps: int,
+    weight_bits: int,
+) -> Rounded:
+    """Return of one layer what `rounded` yields; `values` are the QANN's `spike_values`."""
+    images = image_carriers(qann)
+    stem = any(b.source in images for b in layer.branches)
+    if layer.readout:
+        node: Population | Readout = _readout(layer, values, 0)
+    else:
+        bits = 8 if stem else weight_bits
+        node = _population(layer, values, 0, bits, stem, max(timesteps, TIMESTEPS_RESOLVED))
+    return _rounded(layer, node, values, timesteps)
+
+
+def _rounded(
+    layer: Layer,
+    node: Population | Readout,
+    values: dict[str, tuple[Tensor, Tensor]],
+    timesteps: int,
+) -> Rounded:
+    dtype = values[layer.branches[0].source][0].dtype
+    if isinstance(node, Population):
+        unit = node.clip / node.threshold
+        bias = node.bias.to(dtype) + BETWEEN_INTEGERS / timesteps
+    else:
+        unit, bias = torch.ones_like(layer.bias, dtype=dtype) * node.unit, node.bias
+    weights, scales = [], []
+    for branch, synapse in zip(layer.branches, node.branches, strict=True):
+        lcm = math.prod(pool.lcm for pool in branch.pools)
+        scales.append(unit * torch.exp2(synapse.shift) * lcm)
+        row = synapse.weight.to(dtype)
+        worth = values[branch.source][0]
+        inverse = torch.where(worth > 0, 1 / worth, 0.0)
+        row = row * scales[-1].view(-1, *[1] * (row.ndim - 1))
+        weights.append(times_inputs(branch, row, inverse))
+    return Rounded(weights, scales, bias * unit)
 
 
 def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
@@ -171,7 +199,7 @@ def _integer_layers(
     """
     if not 2 <= weight_bits <= 8:
         raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
-    images = _image_carriers(qann)
+    images = image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)
     for layer, bits in zip(qann.weighted(), layer_bits(qann, weight_bits), strict=True):
@@ -184,7 +212,7 @@ def _integer_layers(
 
 def layer_bits(qann: Qann, weight_bits: int) -> list[int]:
     """Return the bits of every layer's weights: 8 in the first layer and in readouts."""
-    images = _image_carriers(qann)
+    images = image_carriers(qann)
     return [
         8 if layer.readout or any(b.source in images for b in layer.branches) else weight_bits
         for layer in qann.weighted()
@@ -202,7 +230,7 @@ def spike_values(
     return count_values(qann.nodes, preprocessing, dtype)
 
 
-def _image_carriers(qann: Qann) -> set[str]:
+def image_carriers(qann: Qann) -> set[str]:
     """Return the nodes that carry pixels: the sources, and maps that read one."""
     names: set[str] = set()
     for node in qann.nodes:

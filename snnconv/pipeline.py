@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,22 @@ from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import Traced, differing_output, trace
 from snnconv.network import Island, SpikingNetwork
+from snnconv.neuron import rounding_offset
 from snnconv.normalize import integerize, without_shortcut_normalization
 from snnconv.plan import ConversionPlan, make_plan
 from snnconv.preprocess import Preprocessing
 from snnconv.progress import Progress, silent
 from snnconv.quant import Qann
+from snnconv.reconstruction import (
+    Change,
+    Reconstruction,
+    Reservoir,
+    most_images,
+    reconstruct_,
+)
 from snnconv.verify import FloatAgreement, Verification, compare_float, verify
+
+RECONSTRUCT = "reconstruct"
 
 Retrain = Callable[[Traced, ConversionPlan, Qann], dict[str, Any]]
 
@@ -31,7 +42,8 @@ class Conversion:
     """Everything that came about on the way to the spiking network.
 
     `uncompensated` is the network as the QANN has it, where compensation, or shortcuts that are not
-    normalised, have made another of it.
+    normalised, have made another of it. `changes` are what reconstruction added to the ANN's folded
+    weights and biases, by layer.
     """
 
     traced: Traced
@@ -39,6 +51,7 @@ class Conversion:
     qann: Qann
     network: SpikingNetwork
     uncompensated: SpikingNetwork | None = None
+    changes: Mapping[str, Change] | None = None
 
 
 def convert(
@@ -62,7 +75,9 @@ def convert(
     """Trace, plan, fold, calibrate and integerise a model; `check_equal` verifies the result.
 
     `images` are batches of uint8 pixels `[N, C, H, W]` to calibrate on; the calibration `bn` needs
-    none, and `percentile` belongs to the calibration of that name. `retrain` may train the traced
+    none, and `percentile` belongs to the calibration of that name. `reconstruct` is `mse`, after
+    which every layer is fitted to quantised inputs (`snnconv.reconstruction`), instead of training.
+    `retrain` may train the traced
     network and its QANN, in place, before they become integers (`snnconv.train`); what it returns
     goes into the provenance, as does the plan. Without training, `compensation` makes up for what
     neurons lose in T steps (`snnconv.compensation`), on `held_out` images that are not those
@@ -78,9 +93,24 @@ def convert(
     qann = fold(traced, plan)
     check_fold(traced, qann)
     progress("trace", 1, 1)
-    batches = None if images is None else (preprocessing.normalize(p) for p in images)
-    calibrate_(qann, batches, timesteps, calibration, percentile)
-    provenance = {**settings.pop("provenance", {}), "plan": plan.to_dict(), "retraining": None}
+    reference, changes, reconstruction = qann, None, None
+    if calibration == RECONSTRUCT:
+        if retrain is not None:
+            raise UsageError("calibration 'reconstruct' takes the place of training: choose one")
+        reference = copy.deepcopy(qann)
+        found = _reconstruct_(
+            qann, preprocessing, images, timesteps, weight_bits, settings, progress
+        )
+        changes, reconstruction = found.changes, found.to_dict()
+    else:
+        batches = None if images is None else (preprocessing.normalize(p) for p in images)
+        calibrate_(qann, batches, timesteps, calibration, percentile)
+    provenance = {
+        **settings.pop("provenance", {}),
+        "plan": plan.to_dict(),
+        "reconstruction": reconstruction,
+        "retraining": None,
+    }
     if retrain is not None:
         provenance["retraining"] = retrain(traced, plan, qann)
     settings["provenance"] = provenance
@@ -91,9 +121,37 @@ def convert(
         changed = integerize(ablated, preprocessing, timesteps, weight_bits=weight_bits, **settings)
     provenance["shortcut_normalization"] = shortcut_normalization
     compensated, provenance["compensation"] = compensate(
-        changed, compensation, qann, held_out, progress
+        changed, compensation, reference, held_out, progress
     )
-    return Conversion(traced, plan, qann, compensated, None if compensated is network else network)
+    uncompensated = None if compensated is network else network
+    return Conversion(traced, plan, qann, compensated, uncompensated, changes)
+
+
+def _reconstruct_(
+    qann: Qann,
+    preprocessing: Preprocessing,
+    images: Iterable[Tensor] | None,
+    timesteps: int,
+    weight_bits: int,
+    settings: Mapping[str, Any],
+    progress: Progress,
+) -> Reconstruction:
+    """Calibrate a QANN by `mse`, and fit it layer by layer on as many of the images as fit."""
+    if images is None:
+        raise UsageError("calibration 'reconstruct' needs images; without data use 'bn'")
+    kept = Reservoir(most_images(qann))
+    batches = (preprocessing.normalize(kept.add(pixels)) for pixels in images)
+    calibrate_(qann, batches, timesteps, "mse")
+    offset = rounding_offset(settings.get("initial_membrane", "half"))
+    return reconstruct_(
+        qann,
+        preprocessing,
+        kept.images(),
+        timesteps,
+        weight_bits=weight_bits,
+        offset=offset,
+        progress=progress,
+    )
 
 
 def check_fold(traced: Traced, qann: Qann) -> None:
@@ -124,7 +182,14 @@ def check_equal(
     engine = prepare(integers, timesteps, device=pixels.device)
     end = engine.endpoint(pixels, maps=True)
     found = verify(
-        conversion.traced, conversion.plan, integers, pixels, timesteps, end.counts, end.charges
+        conversion.traced,
+        conversion.plan,
+        integers,
+        pixels,
+        timesteps,
+        end.counts,
+        end.charges,
+        conversion.changes,
     )
     found.require_equal()
     agreement = compare_float(conversion.qann, integers, pixels, timesteps, end.counts, end.charges)

@@ -13,7 +13,7 @@ import copy
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -75,15 +75,17 @@ def verify(
     timesteps: int,
     counts: Mapping[str, Tensor],
     charges: Mapping[str, Tensor],
+    changes: Mapping[str, Change] | None = None,
 ) -> Verification:
     """Compare a network's end point with the traced graph, integer for integer.
 
     `pixels` are uint8 `[N, C, H, W]`; `counts` hold the final counts of every population and count
-    map, `charges` the final charge of every readout, both as the engine computed them.
+    map, `charges` the final charge of every readout, both as the engine computed them. `changes`
+    say, by the names of layers, what was added to the ANN's folded weights and biases on purpose.
     """
     oracle = _Oracle(traced, plan, network, timesteps)
     with torch.no_grad():
-        problems, integers = _compare_integers(oracle)
+        problems, integers = _compare_integers(oracle, changes or {})
         sites = 0
         for path, expected, name in oracle.run(pixels):
             sites += 1
@@ -100,6 +102,18 @@ def verify(
                 problems.append(f"{path}: {share}")
                 break
     return Verification(len(pixels), timesteps, sites, integers, tuple(problems))
+
+
+class Change(Protocol):
+    """What was added to a layer's weights, by the key of their branch, and to its bias, float64."""
+
+    @property
+    def weights(self) -> Mapping[Key, Tensor]:
+        """What was added to each branch's folded weights, in their shape."""
+
+    @property
+    def bias(self) -> Tensor:
+        """What was added to the bias, `[C]`."""
 
 
 class _Missing(Exception):
@@ -329,7 +343,7 @@ def _spread(vector: Tensor | int, like: Tensor) -> Tensor | int:
     return vector.view(-1, *[1] * (like.ndim - 2))
 
 
-def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
+def _compare_integers(oracle: _Oracle, changes: Mapping[str, Change]) -> tuple[list[str], int]:
     """Hold every stored integer against the float it stands for."""
     worths = oracle.worths = _worths(oracle)
     carriers = _image_carriers(oracle.network)
@@ -345,17 +359,24 @@ def _compare_integers(oracle: _Oracle) -> tuple[list[str], int]:
         ).expand(len(node.bias))
         eight = isinstance(node, Readout) or any(s.source in carriers for s in node.branches)
         bits = 8 if eight else oracle.network.weight_bits
+        change = changes.get(planned.name)
         for synapse in node.branches:
             compared += synapse.weight.numel()
-            if bad := _wrong_weights(oracle, synapse, unit, worths, bits):
+            added = None if change is None else change.weights[synapse.key]
+            if bad := _wrong_weights(oracle, synapse, unit, worths, bits, added):
                 problems.append(f"{path}: {bad} weights from {synapse.source} are not the ANN's")
         bias = _bias(oracle, planned, {s.key for s in node.branches})
+        if change is not None:
+            bias = bias + change.bias + _added_constant(oracle, planned, change)
         vectors = [("biases", node.bias, bias)]
         if isinstance(node, Population):
             vectors.append(("thresholds", node.threshold, node.clip))
         for what, integers, floats in vectors:
             compared += len(integers)
             away = (integers - floats / unit).abs() - FOLDING * integers.abs()
+            if what == "biases" and change is not None:
+                # What was added may cancel: the float32 the bias is kept in has rounded both.
+                away = away - FOLDING * (change.bias / unit).abs()
             if what == "thresholds":
                 away = torch.where((integers == 1) & (floats < unit), torch.zeros_like(away), away)
             if bad := int((away > HALF_UNIT).sum()):
@@ -458,10 +479,46 @@ def _worth(oracle: _Oracle, worths: dict[str, Tensor], node: fx.Node) -> Any:
     return torch.zeros(1, *oracle.traced.shapes[node.name], dtype=torch.float64)
 
 
+def _added_constant(oracle: _Oracle, planned: Neurons | Output, change: Change) -> Tensor:
+    """Return what weights that were added make of the images' constant part, `[C]`."""
+    total = torch.zeros_like(change.bias)
+    for key, added in change.weights.items():
+        constant = _constant(oracle, _fed_by(oracle, planned, key))
+        if constant is None:
+            continue
+        flat = added.flatten(2).sum(2) if added.ndim > 2 else added
+        if flat.ndim == 1:
+            total = total + flat * constant
+            continue
+        groups = len(constant) // flat.shape[1]
+        total = total + (
+            flat * constant.view(groups, -1).repeat_interleave(len(flat) // groups, 0)
+        ).sum(1)
+    return total
+
+
+def _fed_by(oracle: _Oracle, planned: Neurons | Output, key: Key) -> fx.Node:
+    """Return the node whose value the first step of a synapse is applied to."""
+    if key == (f"{planned.name}:0",):
+        site = oracle.fx[planned.site]
+        on_counts = isinstance(planned, Neurons) and site.name == planned.name
+        return oracle.inputs(site)[0] if on_counts else site
+    name, _, operand = key[0].partition(":")
+    return oracle.inputs(oracle.fx[name])[int(operand or 0)]
+
+
 def _wrong_weights(
-    oracle: _Oracle, synapse: Synapse, unit: Tensor, worths: dict[str, Tensor], bits: int
+    oracle: _Oracle,
+    synapse: Synapse,
+    unit: Tensor,
+    worths: dict[str, Tensor],
+    bits: int,
+    added: Tensor | None,
 ) -> int:
-    """Count the weights of a synapse that are not the nearest integers of the ANN's."""
+    """Count the weights of a synapse that are not the nearest integers of the ANN's.
+
+    `added` has been added to the ANN's folded weights on purpose.
+    """
     first, *rest = synapse.key
     node = oracle.fx.get(first)
     module = None
@@ -491,6 +548,8 @@ def _wrong_weights(
                     norm, torch.zeros(norm.num_features)
                 )
                 floats = floats * gain.view(-1, *[1] * (floats.ndim - 1))
+    if added is not None:
+        floats = floats + added * worth
     for pool in synapse.pools:
         floats = floats / pool.lcm
     row = (unit * 2.0 ** synapse.shift.double()).view(-1, *[1] * (floats.ndim - 1))

@@ -77,7 +77,7 @@ def test_convert_then_eval_then_inspect(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_eval_with_other_settings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert convert() == 0
+    assert convert("--calibration", "mse") == 0
     capsys.readouterr()
     base = ["eval", "--data", "zoo:digits", "--limit", "30", "--json"]
     more = ["--ann", "zoo:digits", "-T", "5", "--schedule", "wait", "--neuron", "unsigned"]
@@ -89,6 +89,10 @@ def test_eval_with_other_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["spikes"]["negative_percent"] == 0
     assert found["agreement"]["counts_exact"]
     assert found["ann"]["source"] == found["qann_float"]["source"] == "measured"
+    lost = found["ann"]["top1_percent"] - found["snn"]["top1_percent"]
+    assert found["drop"]["percent"] == pytest.approx(lost)
+    least, most = found["drop"]["interval95_percent"]
+    assert least <= lost <= most
     assert run([*base, "--schedule", "drain", "--drain", "2", "-q"]) == 0
     assert output(capsys)["latency_steps"] == 9
     assert run([*base, "--schedule", "stagger", "--stagger", "2", "-q"]) == 0
@@ -380,7 +384,7 @@ def test_smooth_activations_may_become_relu(
         pixels = generator.integers(0, 256, (24, 32, 32, 3), dtype=np.uint8)
         np.savez(f"{split}.npz", images=pixels, labels=np.arange(24) % 4)
     command = ["convert", "test_efficientnet.pt", "-m", "num_classes=4", "--image-size", "32"]
-    command += ["--data", ".", "--epochs", "0", "-T", "5", "--json", "-q"]
+    command += ["--data", ".", "--epochs", "0", "-T", "5", "--json", "-q", "--calibration", "mse"]
     assert run([*command, "--replace-activations", "relu"]) == 0
     found = output(capsys)
     replaced = found["replaced_activations"]

@@ -277,6 +277,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     path = folder / "digits.snn.safetensors"
     convert = ["convert", "zoo:digits", "--data", "zoo:digits", "-T", "3", "--epochs", "0"]
+    convert += ["--calibration", "mse"]
     assert run([*convert, "-q", "-o", str(path)]) == 0
     return path
 

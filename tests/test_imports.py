@@ -29,6 +29,7 @@ LAYERS = [
     {"normalize"},
     {"checkpoint", "engine"},
     {"verify", "train", "finetune", "compensation"},
+    {"reconstruction"},
     {"pipeline", "measure"},
     {"report", "export", "examination"},
     {"cli"},

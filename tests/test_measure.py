@@ -22,6 +22,7 @@ from snnconv.measure import (
     METHODS,
     compare,
     evaluate,
+    paired_drop,
     top1_percents,
     wilson_interval,
 )
@@ -225,3 +226,30 @@ def test_the_command_line_offers_every_engine() -> None:
     (option,) = (p for p in eval_command.params if p.name == "engine")
     assert isinstance(option.type, click.Choice)
     assert list(option.type.choices) == [*ENGINES, ENDPOINT]
+
+
+def test_the_drop_is_counted_image_by_image() -> None:
+    network = converted("residual").network
+    labels = np.random.default_rng(0).integers(0, 5, COUNT)
+
+    def ann(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.double().flatten(1)[:, :5]
+
+    found = evaluate(network, data(labels), np.arange(COUNT), network.timetable(), ann=ann)
+    snn = settled_labels() == labels
+    own = ann(images(COUNT, 4)).argmax(1).numpy() == labels
+    drop = found["drop"]
+    assert found["ann"]["top1_percent"] == pytest.approx(100 * own.mean())
+    assert drop["ann_only"] == (own & ~snn).sum() and drop["snn_only"] == (snn & ~own).sum()
+    assert drop["percent"] == pytest.approx(100 * (own.mean() - snn.mean()))
+
+
+def test_the_interval_of_a_drop_is_that_of_resampled_images() -> None:
+    generator = np.random.default_rng(1)
+    lost = np.repeat([1, -1, 0], [60, 25, 715])
+    means = [100 * generator.choice(lost, 800).mean() for _ in range(4000)]
+    drop = paired_drop(60, 25, 800)
+    assert drop["percent"] == pytest.approx(100 * lost.mean())
+    assert drop["interval95_percent"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.25)
+    least, most = paired_drop(0, 0, 800)["interval95_percent"]
+    assert least < 0 < most

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the reports of training-free conversion in this folder: published networks, evaluated on all
-# test images, calibrated on 1,000 training images (seed 0). Of the ImageNet sample, 200 images
-# calibrate and the other 800 are measured.
+# test images, calibrated on 1,000 training images (seed 0), by clips alone. Of the ImageNet sample,
+# 200 images reconstruct and the other 800 are measured, at the end point of the exact schedules.
 #
 #   model_zoo/results/training_free.sh DATA CHECKPOINTS [PATTERN]
 #
@@ -42,23 +42,27 @@ schedules() { # every schedule with either neuron, but for the one with --ann
 }
 
 for t in 8 15 32 3; do
-  network resnet20-T$t cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 $t
+  network resnet20-T$t cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 $t --calibration mse
   evaluate drain-signed --ann "$source"
   if [[ $t == 8 ]]; then
     schedules
     evaluate drain-unsigned --neuron unsigned
   fi
 done
-network resnet56-T15 cifar10_resnet_akamaster/resnet56-4bfd9763.th cifar10 15
+network resnet56-T15 cifar10_resnet_akamaster/resnet56-4bfd9763.th cifar10 15 --calibration mse
 evaluate drain-signed --ann "$source"
 schedules
 
-network lenet-T7 mnist/shrinkbench_mnistnet.pt mnist 7 --recipe mnist_lenet
+network lenet-T7 mnist/shrinkbench_mnistnet.pt mnist 7 --recipe mnist_lenet --calibration mse
 evaluate drain-signed --ann "$source"
 
-imagenet() { # NAME FILE RECIPE: at T = 31 under wait, the exact schedule that is cheap to simulate
-  network "$1-T31" "imagenet_models/$2.fp16.safetensors" imagenet_sample 31 --recipe "$3" --calibration-images 200
-  evaluate wait-signed --schedule wait --ann "$source"
+imagenet() { # NAME FILE RECIPE: where exact schedules end (eval measures the ANN, so convert need not)
+  for t in 31 15 63; do
+    network "$1-T$t" "imagenet_models/$2.fp16.safetensors" imagenet_sample $t --recipe "$3" \
+      --calibration-images 200 --limit 8
+    evaluate endpoint --schedule wait --engine endpoint --ann "$source"
+  done
 }
 imagenet mobilenetv1 mobilenetv1_100_tf_in1k mobilenetv1_100_tf
+imagenet mobilenetv2 mobilenetv2_100_tf2_in1k mobilenetv2_100_tf
 imagenet squeezenet squeezenet1_0_deepcompressed_bgr squeezenet1_0_caffe

@@ -19,7 +19,7 @@ mkdir -p "$work"
   python grow_resnet110.py "$checkpoints/cifar10_resnet_akamaster/resnet56-4bfd9763.th" \
     "$data/cifar10" "$work/resnet110.safetensors"
 [[ -e $work/$name.snn.safetensors ]] ||
-  snnconv convert "$work/resnet110.safetensors" --data "$data/cifar10" -T 32 --epochs 0 \
+  snnconv convert "$work/resnet110.safetensors" --data "$data/cifar10" -T 32 --epochs 0 --calibration mse \
     -o "$work/$name.snn.safetensors" --quiet
 cp "$work/$name.convert.json" .
 [[ -e $name-drain-signed-limit1000.eval.json ]] ||
