@@ -115,7 +115,7 @@ def _reasons(rows: list[Row]) -> list[tuple[str, int]]:
         if not row["convertible"]:
             found = row["problems"] or [row.get("broken", "unknown")]
             counted.update({re.sub(r"\d+", "N", p).replace("|", "/")[:160] for p in found})
-    return counted.most_common(REASONS)
+    return sorted(counted.items(), key=lambda item: (-item[1], item[0]))[:REASONS]
 
 
 def _line(row: Row) -> str:

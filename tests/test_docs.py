@@ -33,7 +33,10 @@ def test_every_public_name_is_on_the_python_page() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("script", ["generate_cli.py", "generate_results.py"])
+@pytest.mark.parametrize(
+    "script",
+    ["generate_cli.py", "generate_results.py", "generate_performance.py", "generate_coverage.py"],
+)
 def test_generated_pages_are_current(script: str) -> None:
     command = [sys.executable, str(ROOT / "docs" / script), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
