@@ -116,6 +116,7 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
     "from the right": (lambda n, x: 0.5 - n.second(x), 8),
     "in place": (lambda n, x: n.second(x).mul_(0.5).add_(x), 8),
     "difference": (lambda n, x: n.second(x) - x, 8),
+    "difference, scaled": (lambda n, x: x + (n.second(x) - x) * n.gain.view(-1, 1, 1), 8),
     "negative": (lambda n, x: -n.second(x), 8),
     "batch norm": (
         lambda n, x: F.batch_norm(n.second(x), n.mean, n.variance, n.gain, None, False), 8

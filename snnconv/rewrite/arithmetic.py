@@ -93,6 +93,8 @@ def _subtract_(module: fx.GraphModule, node: fx.Node, values: Values) -> None:
     with module.graph.inserting_before(node):
         negated = module.graph.call_module(name, (y,))
         total = module.graph.call_function(operator.add, (x, negated))
+    for new in (negated, total):
+        values.shapes[new.name] = shape
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total)
     module.graph.erase_node(node)
