@@ -107,5 +107,6 @@ def emitted(
     flat = [mean.expand(*lead, *mean.shape[2:]).flatten(0, 1) for mean in means]
     result = compute(function, attributes, flat).unflatten(0, lead)
     axes = [1] * (result.ndim - 3)
-    per_step = (result / unit.double().view(-1, *axes)).clamp(-LARGEST, LARGEST)
+    # Where the function is not defined, nothing is emitted.
+    per_step = (result / unit.double().view(-1, *axes)).nan_to_num(0.0).clamp(-LARGEST, LARGEST)
     return (per_step * steps.double().view(-1, 1, 1, *axes) + ABOVE_HALF).floor()

@@ -197,6 +197,7 @@ class _Oracle:
 
         found = self.apply(node, mean)
         found = found / _spread(island.unit, found)
+        found = torch.where(found.isnan(), torch.zeros_like(found), found)
         found = found.clamp(-LARGEST_OF_ISLANDS, LARGEST_OF_ISLANDS)
         return (found * self.timesteps + NEARLY_HALF).floor()
 

@@ -129,6 +129,10 @@ BODIES: dict[str, Callable[[Net, Tensor], Tensor]] = {
     "normalised": lambda n, x: F.batch_norm(
         F.softplus(n.second(x)), n.mean, n.variance, n.gain, None, False
     ),
+    "filter response": lambda n, x: (
+        n.second(x)
+        * torch.rsqrt(n.second(x)[..., :1].square().mean((2, 3), keepdim=True) * 1e-3 + 1e-6)
+    ),
     "squared": lambda n, x: n.second(x) * n.second(x),
     "convnext": convnext,
     "groups": lambda n, x: F.relu(n.group_norm(n.second(x))) + x,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import NotConvertibleError, NotEqualError
+from snnconv.graph import TRACE_TOLERANCE, difference, differing_output
 from snnconv.model_zoo.cifar_resnet import CifarResNet
 from snnconv.pipeline import check_equal, convert
 from snnconv.preprocess import Preprocessing
@@ -220,3 +221,23 @@ def test_max_pooling_comes_nearer_to_the_ann_the_more_steps_there_are() -> None:
         errors.append(float((found - wanted).norm() / wanted.norm()))
     assert all(more > 1.5 * less for more, less in itertools.pairwise(errors)), errors
     assert errors[-1] < 0.02
+
+
+def test_rounding_that_a_deep_network_amplifies_is_no_difference() -> None:
+    """Each layer multiplies and bends: what is rounded grows a hundred thousand times."""
+
+    class Chaotic(nn.Module):
+        def __init__(self, weight: float) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(weight), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(20):
+                x = 1 - self.weight * x * x
+            return x.flatten(1)
+
+    x = torch.rand(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    model, rounded, other = Chaotic(1.9), Chaotic(1.9 + 1.2e-7), Chaotic(1.9 + 1e-3)
+    assert difference(rounded(x), model(x)) > TRACE_TOLERANCE
+    assert differing_output(model, rounded, x) is None
+    assert differing_output(model, other, x) == "logits"
