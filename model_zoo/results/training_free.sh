@@ -49,6 +49,10 @@ for t in 8 15 32 3; do
     evaluate drain-unsigned --neuron unsigned
   fi
 done
+for t in 3 8 15 32; do # what the default makes of the same network
+  network resnet20-reconstructed-T$t cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 $t
+  evaluate drain-signed --ann "$source"
+done
 network resnet56-T15 cifar10_resnet_akamaster/resnet56-4bfd9763.th cifar10 15 --calibration mse
 evaluate drain-signed --ann "$source"
 schedules
