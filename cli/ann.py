@@ -47,8 +47,8 @@ def load_forwards(
     model, normalize = loaded.model.to(device), network.preprocessing.normalize
     (readout,) = network.readouts
     forwards: dict[str, Callable[[Any], Any]] = {"ann": lambda pixels: model(normalize(pixels))}
-    changed = (network.provenance.get(key) for key in ("retraining", "reconstruction"))
-    if not any(changed):
+    reconstructed = (network.provenance.get("reconstruction") or {}).get("kept")
+    if not (network.provenance.get("retraining") or reconstructed):
         qann_of = loaded.model
         if network.provenance.get("replaced_activations"):
             qann_of, _ = replace_activations(qann_of)

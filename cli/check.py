@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -29,7 +30,7 @@ REASON = 70
 @click.option(
     "-T",
     "--timesteps",
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 4095),
     default=7,
     show_default=True,
     help="T that estimates are for.",
@@ -100,7 +101,7 @@ def _architectures(source: str) -> list[str] | None:
 
     Raises UsageError if there are none.
     """
-    if not set("*?[") & set(source) or ":" in source:
+    if not set("*?[") & set(source) or ":" in source or Path(source).exists():
         return None
     import timm
 
@@ -117,7 +118,7 @@ def _architectures(source: str) -> list[str] | None:
 def _many(names: list[str], examined: Any, as_json: bool, quiet: bool) -> int:
     """Examine many architectures; one that cannot be built is a row, too."""
     from snnconv import __version__
-    from snnconv.errors import SnnconvError
+    from snnconv.errors import SnnconvError, first_line
 
     rows: list[dict[str, Any]] = []
     with console.progress(quiet) as report:
@@ -126,9 +127,9 @@ def _many(names: list[str], examined: Any, as_json: bool, quiet: bool) -> int:
             try:
                 contents = examined(name)
                 del contents["nodes"]
-            except SnnconvError as error:
-                problems = [error.message]
-                contents = {"source": name, "verdict": "not convertible", "problems": problems}
+            except Exception as error:  # of a model's own: no row may cost the others
+                text = error.message if isinstance(error, SnnconvError) else first_line(error)
+                contents = {"source": name, "verdict": "not convertible", "problems": [text]}
             rows.append(contents)
         report("check", len(names), len(names))
     convertible = sum(not row["problems"] for row in rows)
@@ -211,7 +212,7 @@ def _print(contents: dict[str, Any], verbose: bool) -> None:
         columns = ["in the way", "where", "why", "what to do"]
         console.print_table(None, columns, obstacles)
     elif contents["problems"]:
-        console.note("\n".join(contents["problems"]))
+        console.print_table(None, ["in the way"], [[p] for p in contents["problems"]])
 
 
 def _classes(nodes: list[dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -236,7 +236,13 @@ def command(
                 "--calibration reconstruct takes the place of training: give --epochs 0"
             )
     elif not asked and train is not None and compensation == "none" and shortcut_normalization:
-        calibration = "reconstruct" if len(indices) >= FEWEST_IMAGES else calibration
+        if len(indices) >= FEWEST_IMAGES:
+            calibration = "reconstruct"
+        else:
+            console.note(
+                f"{len(indices)} images are too few to fit weights to: only clips are chosen",
+                quiet,
+            )
     held_out: Any = ()
     if settings is not None and not shortcut_normalization:
         raise UsageError(

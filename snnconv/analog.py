@@ -10,6 +10,7 @@ meets a point of rounding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -77,11 +78,43 @@ NAMES: dict[str, tuple[str, tuple[str, ...]]] = {
 def compute(function: str, attributes: dict[str, Any], inputs: Sequence[Tensor]) -> Tensor:
     """Apply a function to tensors of one number type, `[N, C, ...]`.
 
-    The function `program` (`snnconv.program`) has `steps` and `constants` as its attributes.
+    The function `program` (`snnconv.program`) has `steps` and `constants` as its attributes. Where
+    a function is not defined, it is 0 here.
     """
     if function == "program":
-        return program.run(inputs, **attributes, functions=FUNCTIONS)
-    return FUNCTIONS[function](*inputs, **attributes)
+        found = program.run(inputs, **attributes, functions=FUNCTIONS)
+    else:
+        found = FUNCTIONS[function](*inputs, **attributes)
+    return found.nan_to_num(0.0, math.inf, -math.inf)
+
+
+def width(function: str, attributes: dict[str, Any], shapes: Sequence[Sequence[int]]) -> int:
+    """Return how many numbers the largest tensor has that a function makes of an image on its way.
+
+    `shapes` are those of its inputs, without the batch. Raises ValueError for a program that cannot
+    run, or does not keep the images of a batch apart.
+    """
+    if function != "program":
+        return max(math.prod(shape) for shape in shapes)
+    # Two sizes of the batch: what is as long as it in one is not in the other.
+    found = {_width(attributes, [(count, *shape) for shape in shapes]) for count in (2, 3)}
+    if len(found) > 1:
+        raise ValueError("a program mixes the images of a batch")
+    return found.pop()[0]
+
+
+def _width(
+    attributes: dict[str, Any], shapes: Sequence[tuple[int, ...]]
+) -> tuple[int, tuple[int, ...]]:
+    """Return the largest size per image on a program's way, and the shape of its result."""
+    inputs = [torch.empty(shape, device="meta") for shape in shapes]
+    sizes = [x[0].numel() for x in inputs]
+
+    def notice(result: Tensor) -> None:
+        sizes.append(result[0].numel())
+
+    last = program.run(inputs, **attributes, functions=FUNCTIONS, notice=notice)
+    return max(sizes), tuple(last.shape[1:])
 
 
 def emitted(
@@ -107,6 +140,5 @@ def emitted(
     flat = [mean.expand(*lead, *mean.shape[2:]).flatten(0, 1) for mean in means]
     result = compute(function, attributes, flat).unflatten(0, lead)
     axes = [1] * (result.ndim - 3)
-    # Where the function is not defined, nothing is emitted.
-    per_step = (result / unit.double().view(-1, *axes)).nan_to_num(0.0).clamp(-LARGEST, LARGEST)
+    per_step = (result / unit.double().view(-1, *axes)).clamp(-LARGEST, LARGEST)
     return (per_step * steps.double().view(-1, 1, 1, *axes) + ABOVE_HALF).floor()

@@ -248,7 +248,7 @@ def _program_moments(node: Island, inputs: list[_Moments]) -> _Moments:
         deviation = per_channel(given.variance.double().sqrt(), normal.ndim)
         drawn.append(per_channel(given.mean.double(), normal.ndim) + deviation * normal)
     result = compute(node.function, node.attributes, drawn).transpose(0, 1).flatten(1)
-    result = result.nan_to_num(0.0, 0.0, 0.0)  # what was drawn may lie where nothing is defined
+    result = result.nan_to_num(0.0, 0.0, 0.0)  # what was drawn may lie where it is infinite
     return _Moments(result.mean(1), result.var(1))
 
 

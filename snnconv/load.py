@@ -111,8 +111,8 @@ def _load(
         try:
             with torch.device("meta"):
                 return _from_timm(source, args, pretrained)
-        except (RuntimeError, NotImplementedError):
-            pass  # a constructor that asks for numbers
+        except (CheckpointError, UsageError):
+            pass  # a constructor that asks for numbers; if it is that, it will not complain again
     return _from_timm(source, args, pretrained)
 
 
@@ -197,6 +197,8 @@ def _from_timm(name: str, args: dict[str, Any], pretrained: bool) -> LoadedModel
         raise
     except Exception as error:  # whatever a download can raise
         line = first_line(error)
+        if not pretrained:
+            raise UsageError(f"{name} cannot be built: {line}") from error
         raise CheckpointError(
             f"the weights of {name} could not be fetched: {line.rstrip('.')}; download the "
             "checkpoint elsewhere and give the file"

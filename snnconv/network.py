@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnconv.analog import LARGEST, compute
+from snnconv.analog import LARGEST, compute, width
 from snnconv.neuron import rounding_offset
 from snnconv.ops import Pool, constant, rearranged_channels, sum_pool
 from snnconv.plan import Key, Relay, Source
@@ -111,6 +111,9 @@ class Island:
 
 
 Node = Image | Relay | Population | Island | Readout
+
+# Numbers per image beyond which no step of an island's program is believed.
+WIDEST_ISLAND = 2**28
 
 
 @dataclass(frozen=True)
@@ -302,6 +305,18 @@ def membrane_bound(
     return int(total.max())
 
 
+def largest_image(network: SpikingNetwork) -> int:
+    """Return how many numbers the largest tensor of a node has for one image, islands' own too."""
+    shapes = {node.name: node.shape for node in network.nodes}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    for node in network.nodes:
+        if isinstance(node, Island):
+            inputs = [shapes[name] for name in node.inputs]
+            # In float64, which is twice what others take.
+            sizes.append(2 * width(node.function, node.attributes, inputs))
+    return max(sizes)
+
+
 def check_shapes(network: SpikingNetwork) -> None:
     """Raise ValueError or RuntimeError unless shapes, windows and depths fit together.
 
@@ -328,7 +343,10 @@ def check_shapes(network: SpikingNetwork) -> None:
                 raise ValueError(f"{node.name}: it rearranges {node.attributes['shape']}")
             value = relay(node, inputs, 0)
         elif isinstance(node, Island):
-            value = compute(node.function, node.attributes, [values[n] for n in node.inputs])
+            inputs = [values[name] for name in node.inputs]
+            if width(node.function, node.attributes, [x.shape[1:] for x in inputs]) > WIDEST_ISLAND:
+                raise ValueError(f"{node.name}: a step of its program is of absurd size")
+            value = compute(node.function, node.attributes, inputs)
             if node.depth != depth[node.name]:
                 raise ValueError(f"{node.name}: its depth is {depth[node.name]}")
         else:

@@ -169,7 +169,8 @@ class ConversionPlan:
             raise NotConvertibleError("the network cannot be converted", self.problems)
         if strict and self.analog:
             raise NotConvertibleError(
-                "parts of the network are no sums of spikes, and --strict refuses them", self.analog
+                "parts of the network are no sums of spikes, and --strict refuses them",
+                [f"{what}: no sum of spikes, which --strict refuses" for what in self.analog],
             )
 
     @property

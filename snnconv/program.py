@@ -75,11 +75,13 @@ def run(
     steps: Sequence[Step],
     constants: Sequence[Tensor],
     functions: Mapping[str, Callable[..., Tensor]],
+    notice: Callable[[Tensor], object] = lambda result: None,
 ) -> Tensor:
     """Run a program on tensors `[N, ...]` of one number type; return what its last step gives.
 
-    `functions` are further operations, by name. Raises ValueError if a step is of an unknown
-    operation, reads what there is not, or cannot be done.
+    `functions` are further operations, by name; `notice` is told what each step gives. Raises
+    ValueError if a step is of an unknown operation, reads what there is not, cannot be done, or
+    goes over the batch.
     """
     first = inputs[0]
     # In one order in memory, so that sums run the same way in every engine.
@@ -92,18 +94,24 @@ def run(
             given = [values[name] for name in operands]
             if _touches_batch(operation, attributes, given[0].ndim):
                 raise ValueError("it goes over the axis of the batch")
+            axes = {x.ndim for x, name in zip(given, operands, strict=True) if name[0] != "c"}
+            if len(axes) > 1:
+                raise ValueError("its operands have other numbers of axes")
             result = known[operation](*given, **attributes)
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"step {i} of a program, {operation}: {error}") from error
         if result.ndim < 2 or len(result) != len(first):
             raise ValueError(f"step {i} of a program, {operation}, moves the axis of the batch")
+        notice(result)
         values[f"s{i}"] = result
     return result
 
 
 def _touches_batch(operation: str, attributes: Mapping[str, Any], axes: int) -> bool:
     """Return whether an operation on a tensor of so many axes would mix the images of a batch."""
-    touched = [*attributes.get("axes", ()), *([attributes["axis"]] if "axis" in attributes else [])]
+    if "axes" not in attributes and "axis" not in attributes:
+        return False
+    touched = attributes.get("axes", [attributes.get("axis")])
     if operation == "permute":
-        return touched[0] % axes != 0
-    return any(axis % axes == 0 for axis in touched)
+        return bool(touched[0] % axes != 0)
+    return not touched or any(axis < 0 or axis % axes == 0 for axis in touched)

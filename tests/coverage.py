@@ -48,6 +48,10 @@ DRAWS = 3
 LEAST, MOST = 5.0, 95.0
 
 
+class Late(BaseException):
+    """A conversion takes too long; no exception that others might catch on its way."""
+
+
 def examined(name: str) -> dict[str, Any]:
     """Examine an architecture as it is, strictly, and with its activations replaced."""
     loaded = load_model(name, pretrained=False, shapes_only=True)
@@ -189,10 +193,10 @@ def _activity(network: Any, pixels: Tensor) -> list[tuple[str, float, bool]]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError if a block takes more of the processor's time."""
+    """Raise Late if a block takes more of the processor's time."""
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"it takes more than {seconds:g} s of a processor")
+        raise Late(f"it takes more than {seconds:g} s of a processor")
 
     before = signal.signal(signal.SIGPROF, late)
     signal.setitimer(signal.ITIMER_PROF, seconds)
@@ -216,7 +220,7 @@ def row(name: str, seconds: float, examine_only: bool) -> dict[str, Any]:
         try:
             with within(seconds):
                 found["verified"] = verified(name)
-        except TimeoutError as error:
+        except Late as error:
             found["verified"] = {"skipped": str(error)}
         except SnnconvError as error:
             found["verified"] = {"refused": error.message}

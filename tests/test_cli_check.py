@@ -106,6 +106,34 @@ def test_wildcards_give_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no architecture" in capsys.readouterr().err
 
 
+def test_a_file_with_brackets_is_no_wildcard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(timm.create_model("test_resnet").state_dict(), "x[1].pth")
+    assert run(["check", "x[1].pth", "--arch", "test_resnet", "--json"]) == 0
+    assert output(capsys)["model"]["name"] == "test_resnet"
+
+
+def test_strict_says_what_it_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["check", "test_efficientnet", "--strict"]) == 3
+    assert "which --strict refuses" in capsys.readouterr().out
+
+
+def test_a_constructor_that_asks_for_numbers_gets_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = timm.create_model
+
+    def asking(name: str, **options: object) -> nn.Module:
+        assert float(torch.ones(1)) == 1
+        return build(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", asking)
+    assert run(["check", "test_resnet", "--json"]) == 0
+    assert output(capsys)["weights_known"]
+
+
 def test_the_tables_have_classes_and_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["check", "resnet18"]) == 0
     printed = capsys.readouterr().out

@@ -253,6 +253,14 @@ def test_networks_of_timm(name: str) -> None:
         (("softmax", ("x0",), {"axis": 0}),),
         (("standardize", ("x0",), {"axes": (0, 1), "eps": 1e-5}),),
         (("permute", ("x0",), {"axes": (1, 0, 2, 3)}),),
+        (("standardize", ("x0",), {"axes": (), "eps": 1e-5}),),
+        (("mean", ("x0",), {"axes": (-1,)}), ("expand", ("s0",), {"shape": (8, 12, 12)})),
+        (
+            ("reshape", ("x0",), {"shape": (8, 144, 1)}),
+            ("expand", ("s0",), {"shape": (8, 144, 2**40)}),
+            ("sum", ("s1",), {"axes": (3,)}),
+            ("reshape", ("s2",), {"shape": (8, 12, 12)}),
+        ),
     ],
 )
 def test_a_program_that_cannot_run_is_refused(steps: object, tmp_path: Path) -> None:
@@ -262,6 +270,17 @@ def test_a_program_that_cannot_run_is_refused(steps: object, tmp_path: Path) -> 
     save_network(network, tmp_path / "a.snn.safetensors")
     with pytest.raises(CheckpointError):
         load_network(tmp_path / "a.snn.safetensors")
+
+
+def test_what_is_not_defined_is_nothing_also_after_a_reconstruction(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Net(BODIES["filter response"]).eval()
+    pixels = torch.cat([images(8, 1), torch.full((8, 3, 12, 12), 128, dtype=torch.uint8)])
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=3, calibration="reconstruct")
+    assert check_equal(conversion, pixels)[0].equal
+    found = conversion.network.provenance["reconstruction"]
+    assert math.isfinite(found["kl_before"]) and math.isfinite(found["kl_after"])
+    save_network(conversion.network, tmp_path / "a.snn.safetensors")
 
 
 @pytest.mark.parametrize("neuron", ["signed", "unsigned"])

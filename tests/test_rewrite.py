@@ -168,6 +168,11 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
     "expanded": (
         lambda n, x: x + F.adaptive_max_pool2d(n.second(x), 1).expand(-1, -1, x.shape[2], 12), 8
     ),
+    "channels last, a gate per image": (
+        lambda n, x: (
+            n.second(x).permute(0, 2, 3, 1) * x.mean((2, 3))[:, None, None, :]
+        ).permute(0, 3, 1, 2), 8
+    ),
     "counts times a constant": (lambda n, x: n.second(x * n.gain.abs().view(-1, 1, 1)), 8),
 }  # fmt: skip
 

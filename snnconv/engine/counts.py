@@ -24,7 +24,15 @@ from snnconv.analog import emitted
 from snnconv.engine import gpu
 from snnconv.engine.linear import Charge, exact_arithmetic, exact_dtype
 from snnconv.engine.trace import Endpoint, Trace, check_images, check_schedule
-from snnconv.network import Image, Island, Population, Readout, SpikingNetwork, count_dtype
+from snnconv.network import (
+    Image,
+    Island,
+    Population,
+    Readout,
+    SpikingNetwork,
+    count_dtype,
+    largest_image,
+)
 from snnconv.neuron import initial_membrane
 from snnconv.ops import per_channel
 from snnconv.plan import Relay
@@ -66,6 +74,7 @@ class Engine:
         self.last_use = last_uses(list(network.nodes))
         self.worths = network.worths
         self.steady = _steady(network)
+        self.largest = largest_image(network)
 
     def charge(self, node: Population | Readout) -> Charge:
         """Return the linear part of a node, its weights converted when it is first asked for.
@@ -234,12 +243,11 @@ class Engine:
 
     def images_at_once(self, steps: int) -> int:
         """Return how many images to run at once, for planes of so many steps."""
-        largest = max(torch.Size(n.shape).numel() for n in self.network.nodes)
         numbers = BLOCK_NUMBERS
         if self.device.type == "cuda":
             memory = torch.cuda.get_device_properties(self.device).total_memory
             numbers = min(GPU_NUMBERS, memory // GPU_BYTES)
-        return max(1, numbers // (steps * largest))
+        return max(1, numbers // (steps * self.largest))
 
     def simulation(self, pixels: Tensor, schedule: Schedule) -> Simulation:
         """Begin a simulation of some images."""

@@ -193,8 +193,7 @@ class Engine(counts.Engine):
 
     def images_at_once(self, steps: int) -> int:
         """Return how many images to run at once: enough for all threads, few for the caches."""
-        largest = max(torch.Size(n.shape).numel() for n in self.network.nodes)
-        return max(self.threads, PASS_BYTES // (steps * largest))
+        return max(self.threads, PASS_BYTES // (steps * self.largest))
 
     def simulation(self, pixels: Tensor, schedule: Schedule) -> counts.Simulation:
         """Begin a simulation of some images."""

@@ -105,7 +105,7 @@ class _Pass:
                 F.layer_norm, (last, *node.args[1:]), dict(node.kwargs)
             )
             return self.graph.call_function(torch.permute, (normed, TO_FIRST))
-        if name in _ELEMENTWISE and len(shape) == 3:
+        if name in _ELEMENTWISE and len(shape) == 3 and self._turnable(node):
             return self._again(node, *fx.node.map_arg((node.args, node.kwargs), self._turned))
         if name in _OVER_AXES:
             return self._over_axes(node, name)
@@ -119,6 +119,11 @@ class _Pass:
     def _again(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         return self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs))
 
+    def _turnable(self, node: fx.Node) -> bool:
+        """Return whether all operands are constants or images."""
+        others = [n for n in node.all_input_nodes if n not in self.first and n not in self.known]
+        return all(len(self.shapes.get(n.name, ())) == 3 for n in others)
+
     def _turned(self, node: fx.Node) -> fx.Node:
         """Return what stands for an operand: itself, a constant or an image turned, or `first`."""
         if node in self.first:
@@ -126,6 +131,8 @@ class _Pass:
         value = self.known.get(node)
         if node in self.known and (not isinstance(value, Tensor) or value.ndim == 0):
             return node
+        if node not in self.known:
+            return self.graph.call_function(torch.permute, (node, TO_FIRST))
         return self.graph.call_function(_first, (node,))
 
     def _over_axes(self, node: fx.Node, name: str) -> fx.Node | None:

@@ -111,7 +111,7 @@ class Program:
         if not isinstance(axes, (tuple, list)) or not all(isinstance(a, int) for a in axes):
             raise Unknown
         positive = tuple(a % count for a in axes)
-        if 0 in positive:
+        if not positive or 0 in positive:
             raise Unknown
         return positive
 
@@ -230,7 +230,8 @@ class Program:
     def _var(self, node: fx.Node, source: Any, out: tuple[int, ...]) -> str:
         axes = self._axes(source, argument(node, 1, "dim"))
         given = argument(node, 2, "unbiased", node.kwargs.get("correction", 1))
-        reduced = self.emit("variance", source, axes=axes, correction=int(given))
+        correction = 1 if given is None else int(given)
+        reduced = self.emit("variance", source, axes=axes, correction=correction)
         return self.emit("reshape", reduced, shape=out)
 
     def _maximum(self, node: fx.Node, source: Any, out: tuple[int, ...]) -> str:
