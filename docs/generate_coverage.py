@@ -93,12 +93,20 @@ def _page(stored: dict[str, Any]) -> str:
         ("of these without analog islands", str(len(all_spiking))),
         ("verified", str(len(proved))),
         ("equal, but with layers that were too quiet or too busy", str(len(tried) - len(proved))),
+        ("too slow to verify", str(_ended(convertible, "skipped"))),
+        ("refused while converting", str(_ended(convertible, "refused", "broken"))),
     ]
     text = f"timm {stored['timm']}, torch {stored['torch']}, snnconv {stored['version']}.\n\n"
     text += "| | architectures |\n| --- | --- |\n"
     text += "".join(f"| {what} | {count} |\n" for what, count in table)
     text += "\n## What is in the way\n\n| architectures | reason |\n| --- | --- |\n"
     text += "".join(f"| {count} | {reason} |\n" for reason, count in _reasons(rows))
+    refused = [r for r in convertible if {"refused", "broken"} & set(r.get("verified", {}))]
+    if refused:
+        text += "\n## Refused while converting\n\n| architecture | reason |\n| --- | --- |\n"
+        for row in refused:
+            why = row["verified"].get("refused") or row["verified"]["broken"]
+            text += f"| {row['name']} | {why.replace('|', '/')} |\n"
     text += (
         "\n## Architectures\n\nVerdicts: `spiking`, `islands` (with analog ones), `replaced` (only "
     )
@@ -106,6 +114,10 @@ def _page(stored: dict[str, Any]) -> str:
     text += "| architecture | M parameters | verdict | spiking MACs, % | verified |\n"
     text += "| --- | --- | --- | --- | --- |\n" + "".join(map(_line, rows))
     return text
+
+
+def _ended(rows: list[Row], *how: str) -> int:
+    return sum(bool(set(how) & set(row.get("verified", {}))) for row in rows)
 
 
 def _reasons(rows: list[Row]) -> list[tuple[str, int]]:

@@ -23,7 +23,10 @@ from snnconv.rewrite.islands import is_analog
 from snnconv.rewrite.translate import analog_call
 
 REPLACE = "use a variant of the network with ReLU"
+REWRITE = "say it in operations that convert (docs/adding-a-model.md lists them)"
 NO_TOKENS = "attention over tokens is not converted: choose a network of convolutions"
+# As modules or functions.
+ACTIVATIONS = {name.lower() for name in nn.modules.activation.__all__} | {"gelutanh", "quickgelu"}
 # What networks with attention over tokens call, and what timm does not let a tracer enter.
 ATTENTION = (
     "scaled_dot_product_attention", "matmul", "softmax", "einsum", "bmm", "ConvAttention",
@@ -48,7 +51,7 @@ class Operation:
     remedy: str = ""
 
 
-def unsupported(reason: str, remedy: str = REPLACE) -> Operation:
+def unsupported(reason: str, remedy: str = REWRITE) -> Operation:
     """Return the operation that cannot be converted."""
     return Operation("unsupported", reason=reason, remedy=remedy)
 
@@ -342,7 +345,7 @@ def _upsample(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...], mode: s
     if mode != "nearest" or len(shape) != 3:
         return unsupported(
             f"interpolation with mode {mode!r} to {'x'.join(map(str, out[1:]))}",
-            "upsample by the nearest pixel, or bilinearly by a whole factor",
+            "upsample by the nearest pixel, or bilinearly by a factor that is nearly whole",
         )
     rows, columns = (
         tuple(i * before // after for i in range(after))
@@ -458,7 +461,12 @@ def _function(
 
 
 def _not_supported(name: str, what: str) -> Operation:
-    return unsupported(f"{what} is not supported", NO_TOKENS if name in ATTENTION else REPLACE)
+    remedy = REWRITE
+    if name in ATTENTION:
+        remedy = NO_TOKENS
+    elif name.lower().rstrip("_") in ACTIVATIONS:
+        remedy = REPLACE
+    return unsupported(f"{what} is not supported", remedy)
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:
