@@ -131,7 +131,7 @@ def examine(
         plan = make_plan(traced)
         plan.require_convertible(strict=strict)
         if known:
-            check_fold(traced, fold(traced, plan))
+            check_fold(traced, plan, fold(traced, plan))
     except NotConvertibleError as error:
         problems = error.problems or [error.message]
     parameters = sum(p.numel() for p in model.parameters())

@@ -19,13 +19,14 @@ from snnconv.quant import Branch, Island, Layer, Qann
 from snnconv.rewrite import AFFINE
 
 
-def fold(traced: Traced, plan: ConversionPlan) -> Qann:
+def fold(traced: Traced, plan: ConversionPlan, dtype: torch.dtype = torch.float32) -> Qann:
     """Build the float QANN of a convertible plan; without clips it computes what the ANN does.
 
-    Raises NotConvertibleError, naming every reason, if the plan is not convertible.
+    It is folded in float64, and kept in `dtype`. Raises NotConvertibleError, naming every reason, if
+    the plan is not convertible.
     """
     plan.require_convertible()
-    folder = Folder(traced, plan, torch.float64)
+    folder = Folder(traced, plan, torch.float64, dtype)
     with torch.no_grad():
         return Qann([folder.node(node) for node in plan.nodes])
 
@@ -37,9 +38,15 @@ class Folder:
     inference, so that training through it changes nothing about what is folded afterwards.
     """
 
-    def __init__(self, traced: Traced, plan: ConversionPlan, dtype: torch.dtype) -> None:
-        """Compute tensors in `dtype`; operations are looked up once."""
-        self.traced, self.dtype = traced, dtype
+    def __init__(
+        self,
+        traced: Traced,
+        plan: ConversionPlan,
+        dtype: torch.dtype,
+        kept: torch.dtype = torch.float32,
+    ) -> None:
+        """Compute tensors in `dtype`, which layers keep in another; look operations up once."""
+        self.traced, self.dtype, self.kept = traced, dtype, kept
         self.fx = {n.name: n for n in traced.module.graph.nodes}
         self.planned = [n for n in plan.nodes if isinstance(n, (Neurons, Output))]
         self.operations: dict[str, Operation] = {}
@@ -70,7 +77,9 @@ class Folder:
         branches = [self.branch(t, self.rows(node)) for t in node.terms]
         bias = self.layer_bias(node)
         if isinstance(node, Output):
-            return Layer(node.name, node.name, branches, bias, node.shape, readout=True)
+            return Layer(
+                node.name, node.name, branches, bias, node.shape, readout=True, dtype=self.kept
+            )
         return Layer(
             node.name,
             node.path,
@@ -79,6 +88,7 @@ class Folder:
             node.shape,
             two_sided=node.two_sided,
             cap=node.cap,
+            dtype=self.kept,
         )
 
     def direct(self, node: Neurons | Output) -> bool:

@@ -91,7 +91,7 @@ def convert(
     plan = make_plan(traced)
     plan.require_convertible(strict=strict)
     qann = fold(traced, plan)
-    check_fold(traced, qann)
+    check_fold(traced, plan, qann)
     progress("trace", 1, 1)
     reference, changes, reconstruction = qann, None, None
     if calibration == RECONSTRUCT:
@@ -154,12 +154,14 @@ def _reconstruct_(
     )
 
 
-def check_fold(traced: Traced, qann: Qann) -> None:
+def check_fold(traced: Traced, plan: ConversionPlan, qann: Qann) -> None:
     """Raise NotConvertibleError unless the folded network computes what the traced one does.
 
     Differences come from tensors that are changed in place while others still read them.
     """
-    name = differing_output(traced.module, qann, traced.example)
+    name = differing_output(
+        traced.module, qann, traced.example, lambda: fold(traced, plan, torch.float64)
+    )
     if name is not None:
         raise NotConvertibleError(
             f"the folded network computes another {name} than the model: a tensor is changed "

@@ -141,15 +141,16 @@ class Layer(nn.Module):
         readout: bool = False,
         two_sided: bool = False,
         cap: float | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Hold copies of the branches' weights as float32 parameters."""
+        """Hold copies of the branches' weights as parameters of a float type."""
         super().__init__()
         self.name, self.path, self.shape = name, path, shape
         self.readout, self.two_sided, self.cap = readout, two_sided, cap
         self.branches = branches
         self.clip_shares: list[Tensor | None] = [None] * len(branches)
-        self.weights = nn.ParameterList(nn.Parameter(b.weight.float()) for b in branches)
-        self.bias = nn.Parameter(bias.float())
+        self.weights = nn.ParameterList(nn.Parameter(b.weight.to(dtype)) for b in branches)
+        self.bias = nn.Parameter(bias.to(dtype))
         self.register_buffer("clip", torch.full_like(self.bias.detach(), float("nan")))
 
     def assign_(self, weights: list[Tensor], bias: Tensor) -> None:
