@@ -22,7 +22,7 @@ from snnconv.rewrite import AFFINE
 def fold(traced: Traced, plan: ConversionPlan, dtype: torch.dtype = torch.float32) -> Qann:
     """Build the float QANN of a convertible plan; without clips it computes what the ANN does.
 
-    It is folded in float64, and kept in `dtype`. Raises NotConvertibleError, naming every reason, if
+    It is folded in float64 and kept in `dtype`. Raises NotConvertibleError, naming every reason, if
     the plan is not convertible.
     """
     plan.require_convertible()
