@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import signal
 import time
 import warnings
@@ -76,8 +77,10 @@ def examined(name: str) -> dict[str, Any]:
     return row
 
 
-def verified(name: str) -> dict[str, Any]:
+def verified(name: str, seconds: float = math.inf) -> dict[str, Any]:
     """Convert an architecture with random weights and verify it, in as many draws as it takes.
+
+    No draw is begun that would not end within so many `seconds` of a processor.
 
     Returns in how many places counts were compared, how far the traced network's outputs are from
     the model's (relative, L2), and the layers that were in no draw as active as a proof asks for:
@@ -85,13 +88,17 @@ def verified(name: str) -> dict[str, Any]:
     raises.
     """
     left: dict[str, tuple[float, bool]] | None = None
+    begun = time.process_time()
     for seed in range(DRAWS):
+        if seed and (time.process_time() - begun) * (seed + 1) / seed > seconds:
+            break
         drawn, activity = _drawn(name, seed)
         unsuited = {
             path: (share, full)
             for path, share, full in activity
             if not LEAST <= share <= MOST or not full
         }
+        draws = seed + 1
         left = unsuited if left is None else {k: v for k, v in unsuited.items() if k in left}
         if not left:
             break
@@ -100,7 +107,7 @@ def verified(name: str) -> dict[str, Any]:
         "equal": True,
         **drawn,
         "layers": len(activity),
-        "draws": seed + 1,
+        "draws": draws,
         "unsuited_layers": told,
     }
 
@@ -219,7 +226,7 @@ def row(name: str, seconds: float, examine_only: bool) -> dict[str, Any]:
     if found["convertible"] and found["parameters"] <= LARGEST and not examine_only:
         try:
             with within(seconds):
-                found["verified"] = verified(name)
+                found["verified"] = verified(name, seconds)
         except Late as error:
             found["verified"] = {"skipped": str(error)}
         except SnnconvError as error:
