@@ -17,6 +17,8 @@ from typing import Any
 TARGET = Path(__file__).with_name("coverage.md")
 STORED = Path(__file__).with_name("coverage.json")
 REASONS = 25
+# Reasons kept of an architecture.
+PROBLEMS = 6
 
 HEAD = """# Coverage
 
@@ -55,6 +57,8 @@ def _store(state: Path) -> None:
 
     lines = state.read_text(encoding="utf-8").splitlines()
     rows = {row["name"]: row for row in map(json.loads, lines)}
+    for row in rows.values():
+        row["problems"] = row["problems"][:PROBLEMS]
     contents = {
         "schema": "snnconv.coverage/1",
         "version": __version__,
