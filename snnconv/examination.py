@@ -12,16 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from snnconv.engine.counts import BLOCK_STEPS
 from snnconv.errors import NotConvertibleError
 from snnconv.folding import fold
 from snnconv.graph import on_meta, trace
+from snnconv.network import count_dtype
 from snnconv.pipeline import check_fold
 from snnconv.plan import ConversionPlan, Neurons, Output, Source, inputs_of, make_plan
 
-# The largest count that is a byte.
-LARGEST_BYTE = 255
-# Steps the engines work on at once.
-BLOCK_STEPS = 8
 MIB = 2**20
 
 
@@ -76,7 +74,7 @@ class Examination:
         that are still to be read at its fullest moment.
         """
         nodes = self.plan.nodes
-        count = 1 if self.timesteps <= LARGEST_BYTE else 2
+        count = count_dtype(0, self.timesteps).itemsize
         last: dict[str, int] = {}
         for position, node in enumerate(nodes):
             for name in (node.name, *inputs_of(node)):
