@@ -89,7 +89,7 @@ def test_every_instruction_set_agrees_with_the_reference(name: str, level: int) 
 
 
 @pytest.mark.parametrize("level", range(len(LEVELS)), ids=LEVELS)
-@pytest.mark.parametrize("timesteps", [1, 8, 31, 127, 128, 129, 255])
+@pytest.mark.parametrize("timesteps", [1, 8, 31, 127, 128, 129, 255, 256, 300])
 def test_wide_layers_at_any_time_step(timesteps: int, level: int) -> None:
     net = wide(timesteps)
     engine, truth = native.Engine(net, timesteps, level), counts.Engine(net, timesteps)
@@ -200,17 +200,59 @@ def test_a_planted_mistake_is_noticed() -> None:
         assert selfcheck.wrong(engine) == "stem"
 
 
-def test_what_bytes_cannot_hold_is_refused() -> None:
-    net = selfcheck.sample()  # has two-sided neurons
-    assert native.refusal(net, 127, "cpu") is None
-    assert "counts up to 127, not 128" in str(native.refusal(net, 128, "cpu"))
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_counts_beyond_a_byte_move_with_their_windows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Windows so small that they move at every block.
+    monkeypatch.setattr(native.kernels, "largest_count", lambda level: 17)
+    for seed, neuron in ((0, "signed"), (1, "unsigned")):
+        net = with_settings(converted(name, seed, 30).network, neuron=neuron)
+        engine = native.Engine(net, 30)
+        assert engine.windowed
+        for schedule in SCHEDULES:
+            timetable = net.timetable(30, **schedule)
+            found = engine.simulate(images(3, seed), timetable)
+            slow = Reference(net, 30).simulate(images(3, seed), timetable)
+            assert not differences(found, slow)
+        end, expected = (e.endpoint(images(3, seed)) for e in (engine, Reference(net, 30)))
+        for node, counted in expected.counts.items():
+            assert torch.equal(end.counts[node].long(), counted.long()), node
+
+
+def test_two_sided_counts_beyond_a_byte() -> None:
+    net = selfcheck.sample()
+    pixels = torch.randint(0, 256, (3, *net.preprocessing.input_size), dtype=torch.uint8)
+    for timesteps in (128, 270):
+        engine = native.Engine(net, timesteps)
+        assert engine.windowed
+        timetable = net.timetable(timesteps)
+        found = engine.simulate(pixels, timetable)
+        assert max(int(c.abs().max()) for c in found.counts.values()) == timesteps
+        assert not differences(found, Reference(net, timesteps).simulate(pixels, timetable))
+
+
+def test_a_window_that_stays_too_long_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = converted("residual", timesteps=300).network
+    engine = native.Engine(net, 300)
+    timetable = net.timetable(300, name="paper")
+    truth = counts.Engine(net, 300).simulate(images(3), timetable)
+    assert not differences(engine.simulate(images(3), timetable), truth)
+    engine.window_steps = 300
+    assert differences(engine.simulate(images(3), timetable), truth)
+
+
+def test_what_the_engine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = selfcheck.sample()
+    assert native.refusal(net, 8, "cpu") is None
     assert "CPUs only" in str(native.refusal(net, 8, "cuda"))
-    with pytest.raises(UsageError, match="not 300; take --engine counts"):
-        prepare(net, 300, "native")
+    assert "do not fit into the native engine's 32 bits" in str(native.refusal(net, 20000, "cpu"))
+    with pytest.raises(UsageError, match="32 bits; take --engine counts"):
+        prepare(net, 20000, "native")
     pixels = torch.zeros(1, *net.preprocessing.input_size, dtype=torch.uint8)
-    assert prepare(net, 300).name == "counts"
-    assert prepare(net, 8).name == "native"
-    assert endpoint(net, pixels, 300).timesteps == 300
+    assert prepare(net, 20000).name == "counts"
+    assert prepare(net, 300).name == "native"
+    assert endpoint(net, pixels, 20000).timesteps == 20000
 
 
 @pytest.mark.parametrize(

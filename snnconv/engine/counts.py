@@ -318,9 +318,9 @@ class Simulation:
         dtype = course_dtype(*self.engine.limits[node.name])
         return laid_out((self.images, *node.shape), dtype, self.device).zero_()
 
-    def final(self, node: Population, state: Tensor) -> Tensor:
-        """Return the counts `[n, ...]` of a state."""
-        return state
+    def final(self, node: Population) -> Tensor:
+        """Return a population's counts `[n, ...]`."""
+        return self.state[node.name]
 
     def run(self, counts: dict[str, Tensor]) -> Trace:
         """Simulate until the schedule ends, or nothing fires where it says so.
@@ -359,12 +359,11 @@ class Simulation:
             return
         everything = bool(quiet.all()) and len(quiet) == self.images
         for p in self.network.populations:
-            state = self.state[p.name]
+            final = self.final(p)
             if everything:
-                counts[p.name].copy_(self.final(p, state))
+                counts[p.name].copy_(final)
             else:
-                final = self.final(p, state[quiet])
-                counts[p.name][self.running[quiet]] = final.to(counts[p.name].dtype)
+                counts[p.name][self.running[quiet]] = final[quiet].to(counts[p.name].dtype)
         self.keep(~quiet)
 
     def keep(self, still: Tensor) -> None:

@@ -5,13 +5,17 @@ neurons' course in the same pass over the image. What images bring it is summed 
 are put off until somebody reads what they write, so that a usual network is one call a block. What
 the kernels do not know (odd poolings, large linear layers) is computed as in the counts engine and
 handed to them as charge.
+
+Counts that a byte cannot hold are held in windows: each neuron's byte says how far its count is
+above a base of its own. Bases stay for many steps, so what they bring is summed once, in full
+precision, and goes into the membranes as what every step begins with.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -36,6 +40,7 @@ from snnconv.network import (
     count_dtype,
 )
 from snnconv.neuron import initial_membrane
+from snnconv.ops import per_channel
 from snnconv.plan import Relay
 from snnconv.quant import relay
 from snnconv.schedule import Schedule
@@ -54,6 +59,8 @@ DIRECT = {"channel": 0, "start": (0, 0), "stride": (1, 1)}
 # Bytes before and behind the buffers of counts, over which shortcuts may reach, to multiply by 0.
 MARGIN = 512
 NO_BORDER = (0, 0, 0, 0)
+# Maps of a sum of counts that are not the sum of the maps.
+NONLINEAR = ("max_pool", "clamp")
 # A convolution of which each tap is read once.
 WHOLE = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
 
@@ -96,25 +103,21 @@ def refusal(network: SpikingNetwork, timesteps: int, device: torch.device | str)
         return "the network has no neurons"
     limits = network.count_limits(timesteps)
     for node in network.populations:
-        low, high = limits[node.name]
-        if high - low > kernels.LARGEST_COUNT:
-            most = kernels.LARGEST_COUNT // (2 if low else 1)
-            return f"{node.path}: the native engine holds counts up to {most}, not {timesteps}"
         if _bound(node, limits, timesteps) >= INT32:
             return f"{node.path}: its charges do not fit into the native engine's 32 bits"
     return None
 
 
 def _bound(node: Population | Readout, limits: dict[str, tuple[int, int]], timesteps: int) -> float:
-    """Bound every partial sum of a membrane, with all counts moved up to begin at 0."""
+    """Bound every partial sum of a membrane, with counts split into a byte and a base."""
     total = timesteps * node.bias.double().abs()
     if isinstance(node, Population):
         low, high = limits[node.name]
-        total += node.threshold.double() * (2 * (high - low) + 1)
+        total += node.threshold.double() * (high - low + 2)
     for synapse in node.branches:
         low, high = limits[synapse.source]
-        moved = charge_bounds(synapse, 0, high - low) + charge_bounds(synapse, 0, -low)
-        total += moved.double() * torch.exp2(synapse.shift.double())
+        split = charge_bounds(synapse, 0, high - low) + charge_bounds(synapse, low, high)
+        total += split.double() * torch.exp2(synapse.shift.double())
     return float(total.max())
 
 
@@ -132,7 +135,13 @@ class Engine(counts.Engine):
         self.scans = False  # its own kernels do
         self.level = len(kernels.levels()) - 1 if level is None else level
         self.threads = torch.get_num_threads()
-        self.in_bytes = _in_bytes(network, self.limits)
+        self.spans = self._spans()
+        self.windowed = self.spans is not self.limits
+        # How long windows can stay: a count in the middle moves by one a step.
+        self.window_steps = kernels.largest_count(self.level) // 2
+        # Where counts end is seldom asked for so far out: torch does it.
+        self.ends = counts.Engine(network, timesteps) if self.windowed else None
+        self.in_bytes = _in_bytes(network, self.spans, self.windowed)
         self.nodes = {n.name: n for n in network.nodes}
         self.packed = {
             n.name: _Packed(n, self) for n in network.nodes if isinstance(n, Population | Readout)
@@ -142,6 +151,14 @@ class Engine(counts.Engine):
         self.plans: dict[int, _Plan] = {}
         self.plan: _Plan
         self.lock = threading.Lock()
+
+    def _spans(self) -> dict[str, tuple[int, int]]:
+        """Return the lowest and highest counts that bytes hold, per node: all, or windows."""
+        largest = kernels.largest_count(self.level)
+        sizes = {name: self.limits[name][1] - self.limits[name][0] for name in self.neurons}
+        if max(sizes.values()) <= largest:
+            return self.limits
+        return {name: (0, min(sizes.get(name, largest), largest)) for name in self.limits}
 
     def _unread(self) -> frozenset[str]:
         """Return the nodes that nobody reads, for the kernels read what is before them."""
@@ -173,6 +190,8 @@ class Engine(counts.Engine):
 
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
         """Compute where every exact schedule ends, in one pass."""
+        if self.ends is not None:
+            return self.ends.endpoint(pixels, maps=maps)
         with self._own_threads(torch.get_num_threads()):
             hidden = self.hidden
             try:
@@ -258,17 +277,25 @@ class Engine(counts.Engine):
 def _counts(planes: Planes) -> Tensor:
     """Return the counts of the first step, integers `[N, ...]`, perhaps in the planes' memory."""
     found = planes.bytes[0]
+    if planes.base is not None:
+        return found + planes.base
     return found.to(torch.int16) - planes.zero if planes.zero else found
 
 
-def _in_bytes(network: SpikingNetwork, limits: dict[str, tuple[int, int]]) -> set[str]:
-    """Return the nodes whose counts are bytes: populations, and maps that keep to their inputs."""
+def _in_bytes(
+    network: SpikingNetwork, spans: dict[str, tuple[int, int]], windowed: bool
+) -> set[str]:
+    """Return the nodes whose counts are bytes: populations, and maps that keep to their inputs.
+
+    Bytes with bases of their own cannot be compared.
+    """
     found = {p.name for p in network.populations}
+    others = {"sum_pool", "clamp"} | ({"max_pool"} if windowed else set())
     for node in network.nodes:
-        if not isinstance(node, Relay) or node.op in ("sum_pool", "clamp"):
+        if not isinstance(node, Relay) or node.op in others:
             continue
         if found.issuperset(node.inputs):
-            lows = {limits[name][0] for name in node.inputs}
+            lows = {spans[name][0] for name in node.inputs}
             if len(lows) == 1 and (node.op != "pad" or lows == {0}):
                 found.add(node.name)
     return found
@@ -292,6 +319,8 @@ class _Plan:
         # Charges the kernels compute or are handed, int32 in one dimension.
         self.charges: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
+        # What the bases of windows bring populations, int32 `[N, H, W, channels]`.
+        self.bases: dict[str, Tensor] = {}
         self.timetable = torch.zeros(engine.network.depth + 1, 2, steps, dtype=torch.int32)
         self.once = torch.ones(steps, dtype=torch.int32)
         self.end = torch.full((2, 1), engine.timesteps, dtype=torch.int32)
@@ -331,7 +360,7 @@ class _Plan:
                 size = Planes.size(steps, images, node.shape, border)
                 count = math.prod(size)
                 buffer = buffers[name] = _taken(free, count + 2 * MARGIN)
-                data, zero = buffer[MARGIN:][:count].view(size), -engine.limits[name][0]
+                data, zero = buffer[MARGIN:][:count].view(size), -engine.spans[name][0]
                 self.planes[name] = Planes(data, node.shape, border, zero, self.flags[name])
             if isinstance(node, Image):
                 size = Planes.size(1, images, node.shape, border)
@@ -373,6 +402,9 @@ class _Plan:
                 1, -1, height, width, len(packed.cell.bias)
             )
         network = self.engine.network
+        if self.engine.windowed:
+            size = *self.states[node.name].shape[:3], len(packed.cell.bias)
+            self.bases[node.name] = torch.zeros(size, dtype=torch.int32)
         for kind, program in self.programs.items():
             fires = kind is Kind.FIRE
             self.tasks[node.name] = program.layer(
@@ -384,6 +416,7 @@ class _Plan:
                 timetable=self.timetable[node.depth] if fires else self.end,
                 held=self._held(packed, fires),
                 charge=charge,
+                base=self.bases.get(node.name),
                 signed=network.signed(node),
                 population=number,
             )
@@ -444,6 +477,11 @@ class _Plan:
         numbers = self.given[packed.node.name] = packed.numbers(charge)
         self.programs[self.kind].give(self.tasks[packed.node.name], numbers)
 
+    def move(self, name: str, base: Tensor) -> None:
+        """Give the counts of a node other bases, `[n, *shape]`."""
+        if name in self.planes:
+            self.planes[name] = replace(self.planes[name], base=base)
+
     def sums(self, node: Population | Readout) -> Tensor:
         """Return the sums of a readout, int64 `[steps or 1, n, C, H, W]`."""
         self._put_off(node.name)
@@ -472,7 +510,7 @@ class _Packed:
     """
 
     def __init__(self, node: Population | Readout, engine: Engine) -> None:
-        low, high = engine.limits.get(node.name, (0, 0))
+        low, high = engine.spans.get(node.name, (0, 0))
         self.node, self.zero = node, -low
         branches = [_seen_through(s, engine) for s in node.branches]
         self.synapses = [s for s in branches if s.source not in engine.images]
@@ -499,11 +537,20 @@ class _Packed:
 
     def image_charge(self, engine: Engine, values: dict[str, Any]) -> Tensor:
         """Return what a population's branches make of the image, by torch."""
+        return self._charge(engine, values, lambda source: source in engine.images)
+
+    def base_charge(self, engine: Engine, bases: dict[str, Tensor]) -> Tensor:
+        """Return what a node's branches make of the bases of windows `[1, N, *shape]`, by torch."""
+        return self._charge(engine, bases, lambda source: source not in engine.images)
+
+    def _charge(
+        self, engine: Engine, values: dict[str, Any], takes: Callable[[str], bool]
+    ) -> Tensor:
         charge = engine.charge(self.node)
         parts = [
             charge.current(i, values[synapse.source])
             for i, synapse in enumerate(self.node.branches)
-            if synapse.source in engine.images
+            if takes(synapse.source)
         ]
         return sum(parts[1:], parts[0])
 
@@ -526,11 +573,11 @@ def _cell(
     for synapse in synapses:
         weight = synapse.weight.long()
         total = weight if synapse.kind == "scale" else weight.flatten(1).sum(1)
-        moved += engine.limits[synapse.source][0] * total << synapse.shift.long()
+        moved += engine.spans[synapse.source][0] * total << synapse.shift.long()
     if isinstance(node, Readout):
         zeros = torch.zeros(channels, dtype=torch.int32)
         return _with_branches(synapses, engine, zeros, _per_channel(moved, channels), zeros, high)
-    zero = -engine.limits[node.name][0]
+    zero = -engine.spans[node.name][0]
     threshold = node.threshold.long()
     start = initial_membrane(threshold, engine.network.initial_membrane) + threshold * zero + moved
     return _with_branches(
@@ -638,7 +685,7 @@ def _shortcut(synapse: Synapse, relay: Relay, engine: Engine) -> Synapse:
 
 def _known(synapse: Synapse, engine: Engine) -> bool:
     """Return whether the kernels can run a branch."""
-    low, high = engine.limits[synapse.source]
+    low, high = engine.spans[synapse.source]
     exact = high - low <= kernels.largest_count(engine.level)
     known = synapse.kind in ("conv", "scale") and not synapse.pools
     return exact and known and synapse.source in engine.in_bytes
@@ -731,6 +778,11 @@ class _Simulation(counts.Simulation):
         engine.begin(min(counts.BLOCK_STEPS, schedule.timesteps), len(pixels))
         self.plan = engine.plan
         self.currents: dict[str, Tensor] = {}
+        # Of windows: their bases `[n, *shape]`, what these bring readouts, `[1, n, C, H, W]`, and
+        # the steps that are left until they must move.
+        self.bases: dict[str, Tensor] = {}
+        self.base_sums: dict[str, Tensor] = {}
+        self.room = 0
         super().__init__(engine, pixels, schedule)
         self.state = {p.name: self.initial(p) for p in self.network.populations}
         self.totals = torch.zeros(len(self.state), self.images, 2, dtype=torch.int64)
@@ -745,10 +797,47 @@ class _Simulation(counts.Simulation):
         state = self.plan.states[node.name][: self.images]
         return state.fill_(self.engine.packed[node.name].zero)
 
-    def final(self, node: Population, state: Tensor) -> Tensor:
-        """Return the counts `[n, ...]` of a state."""
-        packed = self.engine.packed[node.name]
-        return _counts(Planes(state[None], node.shape, NO_BORDER, packed.zero, self.plan.once))
+    def final(self, node: Population) -> Tensor:
+        """Return the counts `[n, ...]` of the running images."""
+        return _counts(self.stored(node))
+
+    def stored(self, node: Population) -> Planes:
+        """Return the state of the running images as planes."""
+        state, zero = self.state[node.name][None], self.engine.packed[node.name].zero
+        base = self.bases.get(node.name)
+        return Planes(state, node.shape, NO_BORDER, zero, self.plan.once, base)
+
+    def move_windows(self) -> None:
+        """Move every neuron's window so that its count is in the middle, as far as counts reach."""
+        engine, plan = self.engine, self.plan
+        bases: dict[str, Tensor] = {}
+        for node in self.network.nodes:
+            if isinstance(node, Population):
+                (low, high), width = engine.limits[node.name], engine.spans[node.name][1]
+                count = self.final(node).int()
+                bases[node.name] = (count - width // 2).clamp_(low, high - width)[None]
+                self.stored(node).bytes.copy_(count - bases[node.name])
+            elif isinstance(node, Relay) and node.op not in NONLINEAR:
+                parts = [bases[name] for name in node.inputs if name in bases]
+                if len(parts) == len(node.inputs):
+                    bases[node.name] = counts.Engine.map(engine, node, parts)
+        self.set_bases({name: base[0] for name, base in bases.items()})
+        for name, packed in engine.packed.items():
+            node = packed.node
+            charge = packed.base_charge(engine, bases).long() if packed.synapses else 0
+            if isinstance(node, Population):
+                threshold = per_channel(node.threshold.long(), bases[name].ndim - 1)
+                numbers = packed.numbers(charge - threshold * bases[name])
+                plan.bases[name][: len(self.running)] = numbers[0]
+            elif isinstance(charge, Tensor):
+                self.base_sums[name] = charge.view(1, -1, *spatial(node.shape))
+        self.room = engine.window_steps
+
+    def set_bases(self, bases: dict[str, Tensor]) -> None:
+        """Have other bases, `[n, *shape]`."""
+        self.bases = bases
+        for name, base in bases.items():
+            self.plan.move(name, base)
 
     def keep(self, still: Tensor) -> None:
         """Go on with some of the running images, at the front of the plan's buffers."""
@@ -761,6 +850,11 @@ class _Simulation(counts.Simulation):
                 rows = charges[: len(charges) // self.plan.most_images * count].view(count, -1)
                 kept = rows[still]
                 rows[: len(kept)] = kept
+        for rows in self.plan.bases.values():
+            kept = rows[:count][still]
+            rows[: len(kept)] = kept
+        self.base_sums = {name: sums[:, still] for name, sums in self.base_sums.items()}
+        self.set_bases({name: base[still] for name, base in self.bases.items()})
         super().keep(still)
         for name, kept in self.state.items():
             self.state[name] = self.plan.states[name][: len(kept)].copy_(kept)
@@ -771,6 +865,10 @@ class _Simulation(counts.Simulation):
 
     def begin(self, steps: range) -> None:
         """Begin a block."""
+        if self.engine.windowed:
+            if self.room < len(steps):
+                self.move_windows()
+            self.room -= len(steps)
         size = len(self.state), len(steps), len(self.running), 2
         self.fired = torch.zeros(size, dtype=torch.int64)
         by_offset: dict[int, list[list[int]]] = {}
@@ -798,7 +896,7 @@ class _Simulation(counts.Simulation):
             return super().charge(node, values, steps)
         injected = torch.tensor([self.schedule.bias_steps(t, node.depth) for t in steps])
         bias = injected.view(-1, 1, 1, 1, 1) * node.bias.long().view(-1, 1, 1)
-        return self.plan.sums(node) + bias
+        return self.plan.sums(node) + bias + self.base_sums.get(node.name, 0)
 
     def scan(self, node: Population, values: dict[str, Any], steps: range, fired: Tensor) -> Planes:
         """Fire through the block, once somebody wants to know."""

@@ -34,7 +34,6 @@ from snnconv.errors import UsageError
 VARIABLE = "SNNCONV_KERNELS"
 # Channels are padded to a multiple of this; no block of output channels has fewer.
 CHANNELS = 16
-LARGEST_COUNT = 255
 MOST_STEPS = 32
 
 Border = tuple[int, int, int, int]  # pixels left, right, above and below
@@ -73,6 +72,7 @@ class _Layer(Structure):
         ("state", _Planes),
         ("charge", c_void_p),
         ("charge_step", c_int64),
+        ("base", c_void_p),
         ("held", c_void_p),
         ("injected", c_void_p),
         ("fires", c_void_p),
@@ -199,8 +199,9 @@ class Planes:
     """Counts of one node over a block of steps.
 
     `data` is uint8 `[steps, N, H, W, channels]` with a border around the image; channels beyond
-    those of `shape` hold anything. A count c is stored as `c + zero`. `moves`, int32 `[1]`, says
-    whether there is more than the first step, which stands for all else.
+    those of `shape` hold anything. A count c is stored as `c + zero`, less its `base` `[N, *shape]`
+    where there is one. `moves`, int32 `[1]`, says whether there is more than the first step, which
+    stands for all else.
     """
 
     data: Tensor
@@ -208,6 +209,7 @@ class Planes:
     border: Border
     zero: int
     moves: Tensor
+    base: Tensor | None = None
 
     @staticmethod
     def size(
@@ -237,7 +239,8 @@ class Planes:
 
     def counts(self) -> Tensor:
         """Return the counts, float32 `[steps, N, *shape]`."""
-        return self.bytes.float() - self.zero
+        counts = self.bytes.float() - self.zero
+        return counts if self.base is None else counts.add_(self.base)
 
     def fill_border_(self) -> None:
         """Write a count of 0 everywhere around the image."""
@@ -321,6 +324,7 @@ class Program:
         timetable: Tensor | None = None,
         held: Tensor | None = None,
         charge: Tensor | None = None,
+        base: Tensor | None = None,
         sums: Tensor | None = None,
         signed: bool = False,
         population: int = 0,
@@ -329,8 +333,9 @@ class Program:
 
         `state` is uint8 `[N, H, W, channels]`, `timetable` int32 `[2, steps]` how often the bias
         has been injected and whether neurons may fire, `held` int32 `[steps]` the factors of the
-        `charge`, int32 `[steps or 1, N, H, W, channels]`, and `sums` of the same kind what a sum
-        is written to. Of the `out` of a sum only shape and `moves` count.
+        `charge`, int32 `[steps or 1, N, H, W, channels]`, `base` of one step what every step begins
+        with, and `sums` of the same kind what a sum is written to. Of the `out` of a sum only shape
+        and `moves` count.
         """
         branches = [b.described(s) for b, s in zip(cell.branches, sources, strict=True)]
         array = (_Branch * len(branches))(*branches)
@@ -356,8 +361,9 @@ class Program:
         if timetable is not None:
             layer.injected, layer.fires = (row.data_ptr() for row in timetable)
         layer.held = None if held is None else held.data_ptr()
+        layer.base = None if base is None else base.data_ptr()
         layer.sums = None if sums is None else sums.data_ptr()
-        self.kept += [cell, array, out, state, timetable, held, sums]
+        self.kept += [cell, array, out, state, timetable, held, base, sums]
         number = self._add(kind, layer, population)
         if charge is not None:
             self.give(number, charge)

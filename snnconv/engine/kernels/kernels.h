@@ -45,7 +45,7 @@ struct Branch {
 // A population, or sums that no neuron reads. Arrays per channel have its padded length.
 //
 // The membrane before firing at step t is
-//     sum of branches + held[t] charge + injected[t] bias + start - threshold count(t - 1).
+//     sum of branches + held[t] charge + injected[t] bias + start + base - threshold count(t - 1).
 // `state` holds the counts before the first step and is written with those after the last.
 // `fired` [steps][images][2] is increased by the positive and negative spikes.
 //
@@ -55,6 +55,7 @@ struct Layer {
     Planes out, state;
     const int32_t *charge; // [steps][images][rows][columns][channels], or null
     int64_t charge_step;   // in numbers; 0 repeats one plane
+    const int32_t *base;   // [images][rows][columns][channels], or null
     const int32_t *held, *injected;
     const int32_t *fires; // whether the neurons fire at a step
     const int32_t *threshold, *bias, *start;

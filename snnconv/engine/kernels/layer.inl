@@ -111,15 +111,28 @@ add_shortcut(Tile<P, Q> &total, const Layer &layer, const Branch &branch, const 
     }
 }
 
+// Where a tile's numbers lie in a plane that is handed in.
+inline int64_t number(const Layer &layer, const Place &at) {
+    const int64_t row = static_cast<int64_t>(at.image) * layer.rows + at.row;
+    return (row * layer.columns + at.column) * layer.channels + at.block * layer.block;
+}
+
 // Add the charge that is handed in for step t.
 template <int P, int Q>
 ALWAYS_INLINE void add_charge(Tile<P, Q> &total, const Layer &layer, const Place &at, int t) {
-    const int64_t row = static_cast<int64_t>(at.image) * layer.rows + at.row;
-    const int32_t *charge = layer.charge + t * layer.charge_step + at.block * layer.block +
-                            (row * layer.columns + at.column) * layer.channels;
+    const int32_t *charge = layer.charge + t * layer.charge_step + number(layer, at);
     UNROLLED(i, P)
         UNROLLED(q, Q)
             total.at[i][q] += layer.held[t] * load<Vec>(charge + i * layer.channels + LANES * q);
+}
+
+// Add what every step begins with.
+template <int P, int Q>
+ALWAYS_INLINE void add_base(Tile<P, Q> &total, const Layer &layer, const Place &at) {
+    const int32_t *base = layer.base + number(layer, at);
+    UNROLLED(i, P)
+        UNROLLED(q, Q)
+            total.at[i][q] += load<Vec>(base + i * layer.channels + LANES * q);
 }
 
 template <int P, int Q> ALWAYS_INLINE void add(Tile<P, Q> &total, const Tile<P, Q> &more) {
@@ -182,6 +195,7 @@ template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *ta
         if (layer.fires[t]) {
             Tile<P, Q> total = layer.constant ? still : gathered<P, Q>(layer, at, t);
             if (layer.charge) add_charge(total, layer, at, t);
+            if (layer.base) add_base(total, layer, at);
             Tally spikes = tally[t];
             UNROLLED(q, Q) {
                 const int here = channel + LANES * q;
