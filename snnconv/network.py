@@ -112,6 +112,8 @@ class Island:
 
 Node = Image | Relay | Population | Island | Readout
 
+# Maps of a sum of counts that are not the sum of the maps.
+NONLINEAR = ("max_pool", "clamp")
 # Numbers per image beyond which no step of an island's program is believed.
 WIDEST_ISLAND = 2**28
 
@@ -162,6 +164,27 @@ class SpikingNetwork:
     def worths(self) -> dict[str, Tensor]:
         """Return what one count of each node is worth, float64 `[C]`."""
         return {name: w for name, (w, _) in count_values(self.nodes, self.preprocessing).items()}
+
+    @cached_property
+    def steady(self) -> frozenset[str]:
+        """Return the nodes whose counts move by at most one a step."""
+        found: set[str] = set()
+        for node in self.nodes:
+            if isinstance(node, Population) or (
+                isinstance(node, Relay) and node.op != "sum_pool" and found.issuperset(node.inputs)
+            ):
+                found.add(node.name)
+        return frozenset(found)
+
+    @property
+    def eventful(self) -> list[Population | Relay]:
+        """Return the nodes whose unit events do not follow from those of the nodes they read."""
+        return [
+            n
+            for n in self.nodes
+            if isinstance(n, Population)
+            or (isinstance(n, Relay) and n.op in NONLINEAR and n.name in self.steady)
+        ]
 
     @property
     def logits(self) -> Readout | None:

@@ -83,8 +83,8 @@ def test_every_instruction_set_agrees_with_the_reference(name: str, level: int) 
         engine = native.Engine(net, timesteps, level)
         for schedule in SCHEDULES:
             timetable = net.timetable(timesteps, **schedule)
-            found = engine.simulate(images(3, seed), timetable)
-            slow = Reference(net, timesteps).simulate(images(3, seed), timetable)
+            found = engine.simulate(images(3, seed), timetable, events=True)
+            slow = Reference(net, timesteps).simulate(images(3, seed), timetable, events=True)
             assert not differences(found, slow)
 
 
@@ -212,8 +212,8 @@ def test_counts_beyond_a_byte_move_with_their_windows(
         assert engine.windowed
         for schedule in SCHEDULES:
             timetable = net.timetable(30, **schedule)
-            found = engine.simulate(images(3, seed), timetable)
-            slow = Reference(net, 30).simulate(images(3, seed), timetable)
+            found = engine.simulate(images(3, seed), timetable, events=True)
+            slow = Reference(net, 30).simulate(images(3, seed), timetable, events=True)
             assert not differences(found, slow)
         end, expected = (e.endpoint(images(3, seed)) for e in (engine, Reference(net, 30)))
         for node, counted in expected.counts.items():

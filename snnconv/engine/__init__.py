@@ -41,8 +41,8 @@ class Engine(Protocol):
 
     name: str
 
-    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
-        """Simulate uint8 images `[N, C, H, W]` under a schedule.
+    def simulate(self, pixels: Tensor, schedule: Schedule, *, events: bool = False) -> Trace:
+        """Simulate uint8 images `[N, C, H, W]` under a schedule, and count `events` if asked to.
 
         Raises UsageError for a schedule of another T or depth, and for images of another size.
         """
@@ -77,14 +77,20 @@ def prepare(
 
 
 def simulate(
-    network: SpikingNetwork, pixels: Tensor, schedule: Schedule, engine: str = DEFAULT
+    network: SpikingNetwork,
+    pixels: Tensor,
+    schedule: Schedule,
+    engine: str = DEFAULT,
+    *,
+    events: bool = False,
 ) -> Trace:
-    """Simulate uint8 images `[N, C, H, W]` under a schedule.
+    """Simulate uint8 images `[N, C, H, W]` under a schedule, and count `events` if asked to.
 
     Raises UsageError for an unknown engine, a schedule of another depth, or images of another
     size than the network's.
     """
-    return prepare(network, schedule.timesteps, engine, pixels.device).simulate(pixels, schedule)
+    runner = prepare(network, schedule.timesteps, engine, pixels.device)
+    return runner.simulate(pixels, schedule, events=events)
 
 
 def endpoint(

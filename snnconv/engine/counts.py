@@ -73,7 +73,6 @@ class Engine:
         self.neurons = frozenset(p.name for p in network.populations)
         self.last_use = last_uses(list(network.nodes))
         self.worths = network.worths
-        self.steady = _steady(network)
         self.largest = largest_image(network)
 
     def charge(self, node: Population | Readout) -> Charge:
@@ -83,7 +82,9 @@ class Engine:
         """
         found = self._charges.get(node.name)
         if found is None or found.node is not node:
-            found = Charge(node, self.limits, self.timesteps, self.device, self.scans, self.steady)
+            found = Charge(
+                node, self.limits, self.timesteps, self.device, self.scans, self.network.steady
+            )
             self._charges[node.name] = found
         return found
 
@@ -96,7 +97,7 @@ class Engine:
             self._rows[node.name] = node, rows
         return rows
 
-    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
+    def simulate(self, pixels: Tensor, schedule: Schedule, *, events: bool = False) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
         check_schedule(self.network, self.timesteps, schedule)
         check_images(self.network, pixels)
@@ -112,6 +113,7 @@ class Engine:
             for first in range(0, len(pixels), size):
                 here = slice(first, first + size)
                 simulation = self.simulation(pixels[here], schedule)
+                simulation.watch(events)
                 parts.append(simulation.run({name: c[here] for name, c in counts.items()}))
         return _join(parts, counts)
 
@@ -254,17 +256,6 @@ class Engine:
         return Simulation(self, pixels, schedule)
 
 
-def _steady(network: SpikingNetwork) -> frozenset[str]:
-    """Return the nodes whose counts move by at most one a step."""
-    found: set[str] = set()
-    for node in network.nodes:
-        if isinstance(node, Population) or (
-            isinstance(node, Relay) and node.op != "sum_pool" and found.issuperset(node.inputs)
-        ):
-            found.add(node.name)
-    return frozenset(found)
-
-
 def centered(node: Image, pixels: Tensor) -> Tensor:
     """Return pixels minus their zero point, float `[1, N, C, H, W]`."""
     zero = torch.tensor(node.zero_point, device=pixels.device).view(-1, 1, 1)
@@ -285,6 +276,22 @@ def laid_out(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
         return torch.empty(shape, dtype=dtype, device=device)
     *lead, channels, height, width = shape
     return torch.empty(*lead, height, width, channels, dtype=dtype, device=device).movedim(-1, -3)
+
+
+def total(x: Tensor) -> Tensor:
+    """Sum over images: integers or truths `[N, ...]` to int64 `[...]`."""
+    if x.dtype == torch.bool:
+        x = x.view(torch.uint8)
+    if x.device.type != "cpu" or x.itemsize > 1:
+        return x.sum(0, dtype=torch.int64)
+    # As many at once as a byte can hold the sum of: that is an order of magnitude faster.
+    numbers = x.movedim(1, -1).numpy() if x.ndim > 2 else x.numpy()
+    largest = max(int(numbers.max(initial=0)), -int(numbers.min(initial=0)), 1)
+    at_once = max(1, np.iinfo(numbers.dtype).max // largest)
+    starts = range(0, len(numbers), at_once)
+    parts = (numbers[s : s + at_once].sum(0, dtype=numbers.dtype) for s in starts)
+    sums = torch.from_numpy(sum((part.astype(np.int64) for part in parts), np.int64(0)))
+    return sums.movedim(-1, 0) if x.ndim > 2 else sums
 
 
 def per_image(x: Tensor) -> Tensor:
@@ -309,6 +316,20 @@ class Simulation:
         self.spikes = {p.name: self._zeros(2, dtype=torch.int64) for p in self.network.populations}
         self.last_spike = self._zeros(dtype=torch.int64)
         self.charges: dict[str, list[Tensor]] = {r.name: [] for r in self.network.readouts}
+        # Events of maps, and negative spikes, of every neuron `[*shape]`, if they are watched.
+        self.watches = False
+        self.moved: dict[str, Tensor] = {}
+        self.mapped: dict[str, Tensor] = {}  # the maps' counts before the block, `[n, *shape]`
+        self.falls: dict[str, Tensor] = {}
+
+    def watch(self, events: bool) -> None:
+        """Count the events of every neuron, or do not."""
+        self.watches = events
+        if events:
+            for node in self.network.eventful:
+                counted = self.falls if isinstance(node, Population) else self.moved
+                zeros = torch.zeros(node.shape, dtype=torch.int64, device=self.device)
+                counted[node.name] = zeros
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(self.images, *shape, dtype=dtype, device=self.device)
@@ -351,7 +372,13 @@ class Simulation:
             counts,
             self.spikes,
             self.last_spike,
+            self._events(counts) if self.watches else None,
         )
+
+    def _events(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return all events: spikes in both directions, of which the negative ones are known."""
+        events = {name: total(counts[name]) + 2 * falls for name, falls in self.falls.items()}
+        return events | self.moved
 
     def _retire(self, quiet: Tensor, counts: dict[str, Tensor]) -> None:
         """Take images out, `[n]`: nothing can happen to them any more."""
@@ -370,6 +397,7 @@ class Simulation:
         """Go on with some of the running images."""
         self.running, self.pixels = self.running[still], self.pixels[still]
         self.state = {name: state[still] for name, state in self.state.items()}
+        self.mapped = {name: counts[still] for name, counts in self.mapped.items()}
 
     def image(self, node: Image) -> Any:
         """Return an image, as it is injected at every step."""
@@ -414,11 +442,21 @@ class Simulation:
         if isinstance(node, Image):
             return self.image(node)
         if isinstance(node, Relay):
-            return self.engine.map(node, self._held(node, values, steps))
+            value = self.engine.map(node, self._held(node, values, steps))
+            if node.name in self.moved:
+                self._follow(node, value)
+            return value
         if isinstance(node, Island):
             injected = self._injections(steps, node.depth)
             return self.engine.island(node, [values[name] for name in node.inputs], injected)
         return self.scan(node, values, steps, fired)
+
+    def _follow(self, node: Relay, value: Any) -> None:
+        """Count the events of a map's counts."""
+        counts = self.engine.counts(value)
+        before = self.mapped.get(node.name, torch.zeros_like(counts[0]))[None]
+        self.moved[node.name] += torch.cat([before, counts]).diff(dim=0).abs().sum((0, 1)).long()
+        self.mapped[node.name] = counts[-1].clone()
 
     def _injections(self, steps: range, depth: int) -> Tensor:
         """Return B(t) for the block, `[steps]`, or `[1]` if it does not change."""
@@ -505,6 +543,8 @@ class Simulation:
             if fires:
                 missing = torch.sub(target[i if len(target) > 1 else 0], count, out=spikes[i])
                 torch.add(count, missing.clamp_(down, 1), out=counts[i])
+                if down and self.watches:
+                    self.falls[node.name] += total(missing < 0)
             else:
                 spikes[i], counts[i] = 0, count
             count = counts[i]
@@ -516,14 +556,19 @@ class Simulation:
         """Do the same with one kernel."""
         injected = [self.schedule.bias_steps(t, node.depth) for t in steps]
         timetable = torch.tensor([injected, active], dtype=torch.int32, device=self.device)
-        return gpu.scan(
+        signed = self.network.signed(node)
+        counts, fired = gpu.scan(
             self.arrived(node, values, steps),
             timetable,
             self.engine.rows(node),
             self.state[node.name],
             self.engine.limits[node.name],
-            self.network.signed(node),
+            signed,
         )
+        if signed and self.watches:
+            before = torch.cat([self.state[node.name][None], counts[:-1]])
+            self.falls[node.name] += total((counts < before).flatten(0, 1))
+        return counts, fired
 
 
 def _join(parts: list[Trace], counts: dict[str, Tensor]) -> Trace:
@@ -548,4 +593,15 @@ def _join(parts: list[Trace], counts: dict[str, Tensor]) -> Trace:
         counts,
         {name: torch.cat([part.spikes[name] for part in parts]) for name in longest.spikes},
         torch.cat([part.last_spike for part in parts]),
+        _sums([part.events for part in parts]),
+    )
+
+
+def _sums(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """Add what is there of every part."""
+    there = [part for part in parts if part is not None]
+    return (
+        {name: sum(p[name] for p in there[1:]) + there[0][name] for name in there[0]}
+        if there
+        else None
     )

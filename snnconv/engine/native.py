@@ -31,6 +31,7 @@ from snnconv.engine.linear import INT32
 from snnconv.engine.trace import Endpoint, Trace
 from snnconv.errors import UsageError
 from snnconv.network import (
+    NONLINEAR,
     Image,
     Population,
     Readout,
@@ -51,6 +52,7 @@ UNREACHED = 2**20
 PASS_BYTES = 2**22
 # Linear layers of more weights than this are better multiplied as matrices.
 LARGEST_LINEAR = 2**18
+LARGEST_BYTE = 255
 # The largest pixel.
 PIXEL = 255
 # What a shortcut reads that reads all there is: so many channels further on, the first pixel, and
@@ -59,8 +61,6 @@ DIRECT = {"channel": 0, "start": (0, 0), "stride": (1, 1)}
 # Bytes before and behind the buffers of counts, over which shortcuts may reach, to multiply by 0.
 MARGIN = 512
 NO_BORDER = (0, 0, 0, 0)
-# Maps of a sum of counts that are not the sum of the maps.
-NONLINEAR = ("max_pool", "clamp")
 # A convolution of which each tap is read once.
 WHOLE = {"stride": (1, 1), "padding": (0, 0, 0, 0), "dilation": (1, 1), "groups": 1}
 
@@ -183,10 +183,10 @@ class Engine(counts.Engine):
                     borders[synapse.source] = left, right, above, below
         return borders
 
-    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
+    def simulate(self, pixels: Tensor, schedule: Schedule, *, events: bool = False) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule of this T."""
         with self._own_threads(torch.get_num_threads()):
-            return super().simulate(pixels, schedule)
+            return super().simulate(pixels, schedule, events=events)
 
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
         """Compute where every exact schedule ends, in one pass."""
@@ -319,6 +319,8 @@ class _Plan:
         # Charges the kernels compute or are handed, int32 in one dimension.
         self.charges: dict[str, Tensor] = {}
         self.given: dict[str, Tensor] = {}
+        # Negative spikes of every neuron, uint8 `[N, H, W, channels]`, while they are watched.
+        self.falls: dict[str, Tensor] = {}
         # What the bases of windows bring populations, int32 `[N, H, W, channels]`.
         self.bases: dict[str, Tensor] = {}
         self.timetable = torch.zeros(engine.network.depth + 1, 2, steps, dtype=torch.int32)
@@ -476,6 +478,24 @@ class _Plan:
         """Hand a population a charge `[steps or 1, n, *shape]`, for its next task."""
         numbers = self.given[packed.node.name] = packed.numbers(charge)
         self.programs[self.kind].give(self.tasks[packed.node.name], numbers)
+
+    def watch(self, events: bool) -> None:
+        """Count the negative spikes of every neuron, or do not."""
+        program = self.programs[Kind.FIRE]
+        for name, state in self.states.items():
+            node = self.engine.nodes[name]
+            signed = isinstance(node, Population) and self.engine.network.signed(node)
+            if events and signed:
+                self.falls.setdefault(name, torch.empty_like(state)).zero_()
+            program.watch(self.tasks[name], self.falls[name] if events and signed else None)
+
+    def fallen(self, name: str, images: int) -> Tensor:
+        """Return a population's negative spikes since this was asked last, int64 `[*shape]`."""
+        falls, node = self.falls[name][:images], self.engine.nodes[name]
+        planes = Planes(falls[None], node.shape, NO_BORDER, 0, self.once)
+        found = counts.total(planes.bytes[0])
+        falls.zero_()
+        return found
 
     def move(self, name: str, base: Tensor) -> None:
         """Give the counts of a node other bases, `[n, *shape]`."""
@@ -783,6 +803,7 @@ class _Simulation(counts.Simulation):
         self.bases: dict[str, Tensor] = {}
         self.base_sums: dict[str, Tensor] = {}
         self.room = 0
+        self.unread = 0  # steps whose negative spikes are still in bytes
         super().__init__(engine, pixels, schedule)
         self.state = {p.name: self.initial(p) for p in self.network.populations}
         self.totals = torch.zeros(len(self.state), self.images, 2, dtype=torch.int64)
@@ -832,6 +853,21 @@ class _Simulation(counts.Simulation):
             elif isinstance(charge, Tensor):
                 self.base_sums[name] = charge.view(1, -1, *spatial(node.shape))
         self.room = engine.window_steps
+
+    def watch(self, events: bool) -> None:
+        """Count the events of every neuron, or do not."""
+        super().watch(events)
+        self.plan.watch(events)
+
+    def _read_falls(self) -> None:
+        """Take the negative spikes out of bytes, which hold so many."""
+        for name in self.plan.falls:
+            self.falls[name] += self.plan.fallen(name, self.images)
+        self.unread = 0
+
+    def _events(self, counts: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._read_falls()
+        return super()._events(counts)
 
     def set_bases(self, bases: dict[str, Tensor]) -> None:
         """Have other bases, `[n, *shape]`."""
@@ -888,6 +924,10 @@ class _Simulation(counts.Simulation):
         """End a block: count its spikes."""
         self.plan.finish()
         self.totals[:, self.running] += self.fired.sum(1)
+        if self.watches:
+            self.unread += len(self.fired[0])
+            if self.unread + counts.BLOCK_STEPS > LARGEST_BYTE:
+                self._read_falls()
         fired += self.fired.sum((0, 3))
 
     def charge(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:

@@ -27,18 +27,21 @@ class Engine(counts.Engine):
 
     name = "reference"
 
-    def simulate(self, pixels: Tensor, schedule: Schedule) -> Trace:
+    def simulate(self, pixels: Tensor, schedule: Schedule, *, events: bool = False) -> Trace:
         """Simulate uint8 images `[N, C, H, W]` under a schedule."""
         check_schedule(self.network, self.timesteps, schedule)
         check_images(self.network, pixels)
         with torch.no_grad():
-            return _Simulation(self.network, pixels.cpu(), schedule).run().to(pixels.device)
+            simulation = _Simulation(self.network, pixels.cpu(), schedule, events)
+            return simulation.run().to(pixels.device)
 
 
 class _Simulation:
     """The state of every node: cumulative counts, membranes, and what has been injected."""
 
-    def __init__(self, network: SpikingNetwork, pixels: Tensor, schedule: Schedule) -> None:
+    def __init__(
+        self, network: SpikingNetwork, pixels: Tensor, schedule: Schedule, events: bool
+    ) -> None:
         self.network, self.schedule = network, schedule
         self.images = len(pixels)
         self.limits = network.count_limits(schedule.timesteps)
@@ -50,6 +53,9 @@ class _Simulation:
         self.injected = {n.name: 0 for n in network.nodes}
         self.spikes = {p.name: self._zeros(2) for p in network.populations}
         self.last_spike = self._zeros()
+        watched = network.eventful if events else []
+        self.events = {n.name: torch.zeros(n.shape, dtype=torch.int64) for n in watched}
+        self.watches = events
         for p in network.populations:
             start = initial_membrane(p.threshold.long(), network.initial_membrane)
             shape = (self.images, *p.shape)
@@ -79,6 +85,7 @@ class _Simulation:
             {p.name: self.counts[p.name] for p in self.network.populations},
             self.spikes,
             self.last_spike,
+            self.events if self.watches else None,
         )
 
     def _step(self, t: int) -> bool:
@@ -104,6 +111,9 @@ class _Simulation:
                 past.append(past[-1] + charge if past else charge)
             else:
                 fired |= self._fire(node, t)
+        for name, events in self.events.items():
+            before = self.previous.get(name, 0)
+            events += (self.counts[name] - before).abs().sum(0)
         self.previous = dict(self.counts)
         return fired
 

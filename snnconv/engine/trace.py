@@ -22,6 +22,8 @@ class Trace:
     `bias_steps` how many times its bias was in it. `counts` are the final counts per population,
     `[N, ...]`; `spikes` the number of positive and negative spikes per population and image,
     `[N, 2]`. `last_spike` is the step of each image's last spike, 0 if there was none, `[N]`.
+    `events`, if asked for, are per node of `SpikingNetwork.eventful` how often each of its counts
+    has moved up or down by one, in all images together, int64 `[*shape]`.
 
     An image that is quiet is not affected by others of its batch that are not: its charges
     simply stay as they are.
@@ -34,6 +36,7 @@ class Trace:
     counts: dict[str, Tensor]
     spikes: dict[str, Tensor]
     last_spike: Tensor
+    events: dict[str, Tensor] | None = None
 
     @property
     def drain_steps(self) -> Tensor:
@@ -44,7 +47,8 @@ class Trace:
         """Return the trace with its tensors on a device."""
         moved: dict[str, Any] = {
             what: {name: value.to(device) for name, value in getattr(self, what).items()}
-            for what in ("charges", "counts", "spikes")
+            for what in ("charges", "counts", "spikes", "events")
+            if getattr(self, what) is not None
         }
         return replace(self, last_spike=self.last_spike.to(device), **moved)
 

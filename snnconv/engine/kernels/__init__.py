@@ -76,6 +76,7 @@ class _Layer(Structure):
         ("held", c_void_p),
         ("injected", c_void_p),
         ("fires", c_void_p),
+        ("falls", c_void_p),
         ("threshold", c_void_p),
         ("bias", c_void_p),
         ("start", c_void_p),
@@ -404,6 +405,12 @@ class Program:
         assert isinstance(layer, _Layer)
         layer.charge = charge.data_ptr()
         layer.charge_step = charge.stride(0) if len(charge) > 1 else 0
+
+    def watch(self, number: int, falls: Tensor | None) -> None:
+        """Have a layer add its negative spikes to uint8 `[N, H, W, channels]`; callers keep it."""
+        layer = self.works[number]
+        assert isinstance(layer, _Layer)
+        layer.falls = None if falls is None else falls.data_ptr()
 
     def run(
         self, first: int, end: int, spikes: Tensor, steps: int, images: int, threads: int

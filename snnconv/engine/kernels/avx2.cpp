@@ -52,6 +52,10 @@ inline void step(Bytes &counts, Vec membrane, Vec threshold, Bytes high, Bytes d
     counts = now;
 }
 
+inline void add_falls(uint8_t *falls, Bytes before, Bytes now) {
+    store(falls, _mm_add_epi8(load_bytes(falls), _mm_subs_epu8(before, now)));
+}
+
 inline Vec dot(Vec sum, int32_t four, Weights w) {
     const __m256i pairs =
         _mm256_maddubs_epi16(_mm256_set1_epi32(four), reinterpret_cast<__m256i>(w));

@@ -49,6 +49,10 @@ inline void step(Bytes &counts, Vec membrane, Vec threshold, Bytes high, Bytes d
     counts = now;
 }
 
+inline void add_falls(uint8_t *falls, Bytes before, Bytes now) {
+    store(falls, _mm_add_epi8(load_bytes(falls), _mm_subs_epu8(before, now)));
+}
+
 inline Vec dot(Vec sum, int32_t four, Weights w) {
     return reinterpret_cast<Vec>(_mm512_dpbusd_epi32(
         reinterpret_cast<__m512i>(sum), _mm512_set1_epi32(four), reinterpret_cast<__m512i>(w)));

@@ -47,7 +47,8 @@ struct Branch {
 // The membrane before firing at step t is
 //     sum of branches + held[t] charge + injected[t] bias + start + base - threshold count(t - 1).
 // `state` holds the counts before the first step and is written with those after the last.
-// `fired` [steps][images][2] is increased by the positive and negative spikes.
+// `fired` [steps][images][2] is increased by the positive and negative spikes, and `falls` (laid
+// out as `state`, or null) by the negative ones of each neuron.
 //
 // Sums are those of the branches and the bias; of `out` they have `moves` only.
 struct Layer {
@@ -58,6 +59,7 @@ struct Layer {
     const int32_t *base;   // [images][rows][columns][channels], or null
     const int32_t *held, *injected;
     const int32_t *fires; // whether the neurons fire at a step
+    uint8_t *falls;
     const int32_t *threshold, *bias, *start;
     int32_t *sums; // [steps][images][rows][columns][channels]
     int32_t branch_count, rows, columns, channels, block;

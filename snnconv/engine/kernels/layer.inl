@@ -4,7 +4,8 @@
 // (pixels of a tile of so many registers per pixel), and what needs its instructions: `Bytes`, one
 // a lane, with `filled`, `load_bytes`, `store`, `widened` (to numbers) and `narrowed` (back), `dot`
 // (four products a lane), and `step`: neurons fire, up to the count `high`, and negative spikes
-// take `down` off, 1 or 0. A `Tally` holds what they fired. All is in an unnamed namespace, and
+// take `down` off, 1 or 0. A `Tally` holds what they fired; `add_falls` adds 1 where counts have
+// fallen. All is in an unnamed namespace, and
 // functions of the standard library on plain types are left alone: compiled here for one
 // instruction set, they could end up being called by code for another.
 
@@ -190,6 +191,7 @@ template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *ta
     const Bytes high = filled(layer.high), down = filled(layer.is_signed);
     uint8_t *state = layer.state.data + offset(layer.state, at) + channel;
     uint8_t *out = layer.out.data + offset(layer.out, at) + channel;
+    uint8_t *falls = layer.falls ? layer.falls + (state - layer.state.data) : nullptr;
     Course course{state, layer.state.pixel, out, layer.out.pixel};
     for (int t = 0; t < layer.steps; t++) {
         if (layer.fires[t]) {
@@ -203,9 +205,11 @@ template <int P, int Q> void fire(const Layer &layer, const Place &at, Tally *ta
                 const Vec base = injected(layer, t, here);
                 UNROLLED(i, P) {
                     Bytes counts = load_bytes(course.before + i * course.pixel_before + LANES * q);
+                    const Bytes before = counts;
                     const Vec membrane = total.at[i][q] + base - widened(counts) * threshold;
                     step(counts, membrane, threshold, high, down, spikes);
                     store(course.now + i * course.pixel_now + LANES * q, counts);
+                    if (falls) add_falls(falls + i * layer.state.pixel + LANES * q, before, counts);
                 }
             }
             tally[t] = spikes;

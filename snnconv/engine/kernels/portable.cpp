@@ -36,6 +36,11 @@ inline void step(Bytes &counts, Vec membrane, Vec threshold, Bytes high, Bytes d
     counts = narrowed(before + ups - downs);
 }
 
+inline void add_falls(uint8_t *falls, Bytes before, Bytes now) {
+    const Vec fallen = (widened(before) > widened(now)) & 1;
+    store(falls, load_bytes(falls) + narrowed(fallen));
+}
+
 inline Vec dot(Vec sum, int32_t four, Weights w) {
     for (int lane = 0; lane < LANES; lane++)
         for (int k = 0; k < 4; k++)
