@@ -10,15 +10,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
+from snnconv.analog import LARGEST, width
 from snnconv.engine.counts import BLOCK_STEPS
 from snnconv.errors import NotConvertibleError
 from snnconv.folding import fold
 from snnconv.graph import on_meta, trace
 from snnconv.network import count_dtype
 from snnconv.pipeline import check_fold
-from snnconv.plan import ConversionPlan, Neurons, Output, Source, inputs_of, make_plan
+from snnconv.plan import ConversionPlan, Island, Neurons, Output, Source, inputs_of, make_plan
 
 MIB = 2**20
 
@@ -71,23 +73,33 @@ class Examination:
         """Estimate the memory of a simulation: weights, and what each image adds, in MiB.
 
         An image takes a count for every neuron, and the counts of a block of steps for the nodes
-        that are still to be read at its fullest moment.
+        that are still to be read at its fullest moment. An island at work adds the largest tensor
+        it computes, in float64.
         """
         nodes = self.plan.nodes
         count = count_dtype(0, self.timesteps).itemsize
+        most = LARGEST * self.timesteps
+        emitted = count_dtype(-most, most).itemsize
         last: dict[str, int] = {}
         for position, node in enumerate(nodes):
             for name in (node.name, *inputs_of(node)):
                 last[name] = position
         fullest = now = 0
-        sizes = {n.name: math.prod(n.shape) for n in nodes if not isinstance(n, Output)}
+        sizes = {
+            n.name: math.prod(n.shape) * (emitted if isinstance(n, Island) else count)
+            for n in nodes
+            if not isinstance(n, Output)
+        }
         for position, node in enumerate(nodes):
             now += sizes.get(node.name, 0)
-            fullest = max(fullest, now)
+            working = 0
+            if isinstance(node, Island):
+                working = width(node.function, node.attributes, node.input_shapes)
+            fullest = max(fullest, now + working * torch.float64.itemsize)
             now -= sum(sizes.get(name, 0) for name, at in last.items() if at == position)
-        image = self.neurons + min(self.timesteps, BLOCK_STEPS) * fullest
+        image = self.neurons * count + min(self.timesteps, BLOCK_STEPS) * fullest
         weights = sum(e.weights for e in self.plan.entries if e.role == "synapse")
-        return {"weights_mib": weights / MIB, "image_mib": image * count / MIB}
+        return {"weights_mib": weights / MIB, "image_mib": image / MIB}
 
     def to_dict(self) -> dict[str, Any]:
         """Return what was found as plain JSON values."""

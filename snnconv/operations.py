@@ -142,7 +142,7 @@ def _activation(x: fx.Node, low: Any, high: Any) -> Operation:
 def _module(
     m: Any, inputs: tuple[fx.Node, ...], shape: tuple[int, ...], out: tuple[int, ...]
 ) -> Operation:
-    from timm.layers import AvgPool2dSame, Conv2dSame
+    from timm.layers import AvgPool2dSame, CondConv2d, Conv2dSame
     from timm.layers.pool2d_same import MaxPool2dSame
 
     kind = type(m)
@@ -205,6 +205,12 @@ def _module(
         return _pad(inputs, shape, list(m.padding), _PADDINGS[kind], None)
     if isinstance(m, nn.Upsample):
         return _upsample(out, inputs, shape, m.mode)
+    if isinstance(m, CondConv2d):
+        return unsupported(
+            "its weights are mixed anew for every image, a synapse has one weight for all",
+            "choose the network with plain convolutions (for efficientnet_cc_b0_4e: "
+            "efficientnet_b0)",
+        )
     return _not_supported(kind.__name__, kind.__name__)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from networks import NETWORKS, PREPROCESSING, build, converted
-from torch import nn
+from test_rewrite import Net
+from torch import Tensor, nn
 
 from snnconv.cli.main import run
 from snnconv.examination import examine
@@ -42,7 +45,7 @@ def counted_macs(model: nn.Module, size: tuple[int, ...]) -> int:
     """Count multiply-accumulates of convolutions and linear layers where they happen."""
     total = 0
 
-    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         nonlocal total
         total += out[0].numel() * module.weight[0].numel()
 
@@ -77,6 +80,25 @@ def test_neurons_and_depth_are_those_of_the_conversion(name: str) -> None:
     found = examine(build(name), PREPROCESSING.input_size)
     assert not found.problems and found.weights_known
     assert (found.neurons, found.depth) == (network.neurons, network.depth)
+
+
+def between_pixels(net: Net, x: Tensor) -> Tensor:
+    """Attention of every pixel to every other."""
+    flat = x.flatten(2)
+    return (flat @ (flat.transpose(1, 2) @ flat).softmax(-1)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("body", "largest"),
+    [(lambda n, x: F.silu(n.second(x)), 8 * 144), (between_pixels, 144 * 144)],
+)
+def test_the_memory_of_islands_is_in_the_estimate(body: Any, largest: int) -> None:
+    """In float64 while they compute, for all steps at once."""
+    sizes = [
+        examine(Net(b), PREPROCESSING.input_size, timesteps=5).memory()["image_mib"] * 2**20
+        for b in (body, lambda n, x: n.second(x))
+    ]
+    assert 0 <= sizes[0] - 5 * 8 * largest <= 2 * sizes[1]
 
 
 def test_a_file_is_planned_with_its_weights(

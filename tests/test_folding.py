@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from networks import NETWORKS, PREPROCESSING, build, converted, images
+from test_rewrite import Net
 
 from snnconv.calibrate import calibrate_
 from snnconv.engine import endpoint
@@ -39,6 +41,16 @@ def test_timm_networks_fold(name: str) -> None:
     with torch.no_grad():
         folded = fold(traced, make_plan(traced))(x)["logits"]
         assert difference(folded, model(x)) < 1e-4
+
+
+def test_a_factor_inside_of_an_island_keeps_all_its_digits() -> None:
+    """Attention amplifies what is rounded, until a deep network seems to be another one."""
+    model = Net(lambda n, x: x * F.softmax(x.flatten(2) * 0.1, -1).reshape(x.shape)).eval()
+    traced = trace(model, PREPROCESSING.input_size)
+    folded = fold(traced, make_plan(traced), torch.float64)
+    x = PREPROCESSING.normalize(images(3)).double()
+    with torch.no_grad():
+        assert difference(folded(x)["logits"], model.double()(x)) < 1e-12
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))

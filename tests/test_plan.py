@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from networks import PREPROCESSING, TwoOutputs, build
+from timm.layers import CondConv2d
 from torch import Tensor, nn
 
 from snnconv.errors import NotConvertibleError
@@ -32,6 +33,17 @@ class Calls(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.body(self.first(x)))
+
+
+class Mixing(nn.Module):
+    """A convolution whose weights are mixed for every image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routing, self.conv = nn.Linear(4, 2), CondConv2d(4, 4, num_experts=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, torch.sigmoid(self.routing(x.mean((2, 3)))))
 
 
 def plan_of(model: nn.Module) -> ConversionPlan:
@@ -90,6 +102,7 @@ def test_there_is_one_neuron_per_activation_call(name: str) -> None:
         (lambda x: x.clamp(-1, 2), "clamp"),
         (lambda x: F.scaled_dot_product_attention(x, x, x), "attention over tokens"),
         (lambda x: x.softmax(0), "softmax"),
+        (Mixing(), "choose the network with plain convolutions"),
     ],
 )
 def test_what_cannot_spike_is_refused_with_reason_and_remedy(body: object, reason: str) -> None:

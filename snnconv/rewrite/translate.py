@@ -52,7 +52,8 @@ class Program:
             value = self.known.get(value)
         if not isinstance(value, (int, float, Tensor)):
             raise Unknown
-        constant = torch.as_tensor(value).detach().double()
+        # The type is given, else a number of Python's would be rounded to float32 first.
+        constant = torch.as_tensor(value, dtype=torch.float64).detach()
         self.constants.append(constant)
         return f"c{len(self.constants) - 1}"
 
