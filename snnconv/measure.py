@@ -16,8 +16,10 @@ from snnconv import __version__, distributed
 from snnconv.checkpoint import sha256
 from snnconv.data import ImageData, check_labels, default_batch
 from snnconv.engine import DEFAULT, ENDPOINT, Endpoint, Trace, prepare
+from snnconv.energy import count_operations, energy
+from snnconv.engine.counts import total
 from snnconv.errors import UsageError
-from snnconv.network import Readout, SpikingNetwork
+from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.preprocess import Preprocessing
 from snnconv.progress import Progress, silent
 from snnconv.schedule import Schedule
@@ -32,6 +34,7 @@ COURSE = (
     "drain_steps",
     "agreement",
     "by_step",
+    "first_within",
     "spikes",
     "layers",
 )
@@ -167,6 +170,15 @@ class _Tally:
     equal: dict[str, int] = field(default_factory=dict)
     spikes: dict[str, Tensor] = field(default_factory=dict)
     minimum: dict[str, int] = field(default_factory=dict)
+    # With statistics: of every population the final counts that are at their limit, and 0, the
+    # squares of what they are off and of what they should be; of every neuron its events, and the
+    # images on which the quantised ANN's integer is not 0.
+    saturated: dict[str, int] = field(default_factory=dict)
+    zero: dict[str, int] = field(default_factory=dict)
+    off: dict[str, int] = field(default_factory=dict)
+    squares: dict[str, int] = field(default_factory=dict)
+    events: dict[str, Tensor] = field(default_factory=dict)
+    nonzero: dict[str, Tensor] = field(default_factory=dict)
 
     def add_ann(self, ann: Tensor, snn: Tensor, labels: Tensor) -> None:
         """Add the classes a batch was taken for by the ANN and by the spiking network, `[N]`."""
@@ -210,7 +222,33 @@ class _Tally:
             self.equal[p.name] = self.equal.get(p.name, 0) + equal
             self.spikes[p.name] = self.spikes.get(p.name, 0) + spikes
             self.minimum[p.name] = self.minimum.get(p.name, 0) + least
+            if course.events is not None:
+                self._add_counts(p, found, wanted, course.schedule.timesteps, equal)
+        if course.events is not None:
+            for node in self.network.eventful:
+                integers = end.counts[node.name]
+                for sums, more in (
+                    (self.events, course.events[node.name].cpu()),
+                    (self.nonzero, total(integers != 0).cpu()),
+                ):
+                    sums[node.name] = sums.get(node.name, 0) + more
         return final
+
+    def _add_counts(
+        self, p: Population, found: np.ndarray, wanted: np.ndarray, timesteps: int, equal: int
+    ) -> None:
+        """Add what a population's final counts `[N, ...]` say beside the integers wanted."""
+        largest = np.abs(found) if p.two_sided else found
+        off = 0
+        if equal < found.size:
+            off = _squares(found.astype(np.int16) - wanted.astype(np.int16))
+        for sums, more in (
+            (self.saturated, int(np.count_nonzero(largest == timesteps))),
+            (self.zero, found.size - int(np.count_nonzero(found))),
+            (self.off, off),
+            (self.squares, _squares(wanted) if equal < found.size else 0),
+        ):
+            sums[p.name] = sums.get(p.name, 0) + more
 
     def absorb(self, other: dict[str, Any]) -> None:
         """Add the sums of another tally, as its `vars`."""
@@ -220,7 +258,9 @@ class _Tally:
             setattr(self, key, getattr(self, key) + other[key])
         for key in ("by_step", "by_step_counted", "drains"):
             getattr(self, key).extend(other[key])
-        for key in ("equal", "spikes", "minimum"):
+        for key in (
+            "equal", "spikes", "minimum", "saturated", "zero", "off", "squares", "events", "nonzero"
+        ):  # fmt: skip
             mine = getattr(self, key)
             for name, value in other[key].items():
                 mine[name] = mine.get(name, 0) + value
@@ -243,6 +283,11 @@ class _Tally:
         return course
 
 
+def _squares(x: np.ndarray) -> int:
+    """Sum the squares of small integers."""
+    return sum(int(value) ** 2 * int(n) for value, n in zip(*np.unique(x, return_counts=True)))
+
+
 def evaluate(
     network: SpikingNetwork,
     data: ImageData,
@@ -253,6 +298,7 @@ def evaluate(
     device: str = "cpu",
     seed: int = 0,
     ann: Callable[[Tensor], Tensor] | None = None,
+    statistics: bool = False,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Simulate the images at `indices`, and return an evaluation as plain JSON values.
@@ -262,7 +308,8 @@ def evaluate(
     the engine `endpoint` nothing is simulated, and what only a simulation tells is None. `ann` maps
     pixels uint8 `[N, C, H, W]` to the ANN's logits; with it `ann` and `drop` tell its accuracy and
     the paired difference. Otherwise they, `qann_float` and `checkpoint` are left None for the
-    caller, who knows them. Raises
+    caller, who knows them. With `statistics` layers tell what their counts are, and operations and
+    energy are counted. Raises
     UsageError if the network is no classifier or does not end at its end point under the schedule,
     DataError if the data do not fit it.
     """
@@ -278,15 +325,18 @@ def evaluate(
     runner = prepare(network, schedule.timesteps, engine if simulated else DEFAULT, device)
     check_labels(data, torch.Size(readout.shape).numel())
     tally = _Tally(network)
+    statistics &= simulated
+    # What maps like max-pooling end at is asked for only where there are such.
+    maps = statistics and len(network.eventful) > len(network.populations)
     seconds = 0.0
     batch = max(1, min(BATCH, BATCH_NEURONS // network.neurons))
     for pixels, labels in _shared_batches(data, network.preprocessing, indices, batch):
         pixels = pixels.to(device)
         start = time.perf_counter()
-        course = runner.simulate(pixels, schedule) if simulated else None
+        course = runner.simulate(pixels, schedule, events=statistics) if simulated else None
         end = runner.endpoint(pixels) if course is None else None
         seconds += time.perf_counter() - start
-        found = tally.add(course, end or runner.endpoint(pixels), labels, readout.name)
+        found = tally.add(course, end or runner.endpoint(pixels, maps=maps), labels, readout.name)
         if ann is not None:
             with torch.no_grad():
                 tally.add_ann(ann(pixels).argmax(1).cpu(), found, labels)
@@ -330,6 +380,11 @@ def evaluate(
         "qann_float": None,
         "snn": _accuracy(tally.hits, tally.images),
         **(_course(network, schedule, tally) if simulated else dict.fromkeys(COURSE)),
+        **(
+            _energy(network, schedule, tally)
+            if statistics
+            else {"operations": None, "energy": None}
+        ),
         "wall_ms_per_image": 1000 * seconds / tally.images,
         "engine": runner.name if simulated else ENDPOINT,
         "device": device,
@@ -411,6 +466,23 @@ def _compared(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def first_within(by_step: list[dict[str, Any]], percent: float | None) -> dict[str, Any] | None:
+    """Return from which step on accuracy stays within 0.5, 1 and 2 points of another to the end.
+
+    The value is None where it never does.
+    """
+    if percent is None:
+        return None
+    reached = [s["top1_percent"] for s in by_step]
+    found = {}
+    for points in (0.5, 1, 2):
+        near = [r is not None and r >= percent - points for r in reached]
+        far = [t for t, is_near in enumerate(near) if not is_near]
+        first = far[-1] + 2 if far else 1
+        found[str(points)] = first if first <= len(near) else None
+    return found
+
+
 def _accuracy(hits: int, images: int) -> dict[str, Any]:
     return {
         "top1_percent": 100 * hits / images,
@@ -421,10 +493,8 @@ def _accuracy(hits: int, images: int) -> dict[str, Any]:
 def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[str, Any]:
     """Return what the simulations told: latency, agreement, accuracy by step, spikes."""
     drains = torch.cat(tally.drains).numpy()
-    worst = int(drains.max())
-    latency = (
-        schedule.longest if schedule.drain is not None else schedule.steps_before_drain + worst
-    )
+    by_step, settled = tally.steps(), 100 * tally.end_hits / tally.images
+    latency = _latency(schedule, tally)
     per_neuron = network.neurons * tally.images
     positive, negative = (sum(int(s[k]) for s in tally.spikes.values()) for k in (0, 1))
     equal = sum(tally.equal.values())
@@ -434,7 +504,7 @@ def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
         "latency_steps": latency,
         "latency_steps_clocked": latency + network.depth,
         "drain_steps": {
-            "max": worst,
+            "max": int(drains.max()),
             "mean": float(drains.mean()),
             "p99": int(np.percentile(drains, 99, method="higher")),
         },
@@ -443,15 +513,36 @@ def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
             "counts_percent": 100 * equal / max(per_neuron, 1),
             "counts_exact": equal == per_neuron,
         },
-        "by_step": tally.steps(),
+        "by_step": by_step,
+        "first_within": {"ann": None, "qann": first_within(by_step, settled)},
         "spikes": {
             "per_neuron": (positive + negative) / max(per_neuron, 1),
             "per_image": (positive + negative) / tally.images,
             "negative_percent": 100 * negative / max(positive + negative, 1),
             "over_minimum": (positive + negative) / max(sum(tally.minimum.values()), 1),
         },
-        "layers": _layers(network, tally),
+        "layers": _layers(network, tally, latency),
     }
+
+
+def _energy(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[str, Any]:
+    """Return operations per image, and what they cost."""
+    steps = _latency(schedule, tally)
+    operations = count_operations(
+        network, schedule, tally.events, tally.nonzero, tally.images, steps
+    )
+    bits = {
+        "activation_bits": schedule.timesteps.bit_length(),
+        "weight_bits": network.weight_bits,
+    }
+    return {"operations": operations, "energy": energy(operations, **bits, steps=steps)}
+
+
+def _latency(schedule: Schedule, tally: _Tally) -> int:
+    """Return the steps of the slowest image."""
+    if schedule.drain is not None:
+        return schedule.longest
+    return schedule.steps_before_drain + max(int(d.max()) for d in tally.drains)
 
 
 def _logits(network: SpikingNetwork) -> Readout:
@@ -462,8 +553,8 @@ def _logits(network: SpikingNetwork) -> Readout:
     return network.logits
 
 
-def _layers(network: SpikingNetwork, tally: _Tally) -> list[dict[str, Any]]:
-    """Return agreement and spikes of every population."""
+def _layers(network: SpikingNetwork, tally: _Tally, steps: int) -> list[dict[str, Any]]:
+    """Return agreement and spikes of every population; with statistics, what its counts are."""
     rows = []
     for p in network.populations:
         neurons = torch.Size(p.shape).numel()
@@ -477,4 +568,13 @@ def _layers(network: SpikingNetwork, tally: _Tally) -> list[dict[str, Any]]:
                 "negative_percent": 100 * negative / max(positive + negative, 1),
             }
         )
+        if p.name in tally.events:
+            every = neurons * tally.images
+            rows[-1] |= {
+                "rate_percent": 100 * (positive + negative) / (every * steps),
+                "saturated_percent": 100 * tally.saturated[p.name] / every,
+                "zero_percent": 100 * tally.zero[p.name] / every,
+                "dead_percent": 100 * int((tally.events[p.name] == 0).sum()) / neurons,
+                "sequential_error": math.sqrt(tally.off[p.name] / max(tally.squares[p.name], 1)),
+            }
     return rows

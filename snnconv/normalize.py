@@ -190,6 +190,22 @@ def rounded_qann(qann: Qann, network: SpikingNetwork) -> Qann:
     return copied
 
 
+def network_qann(qann: Qann, network: SpikingNetwork, timesteps: int) -> Qann:
+    """Return a copy of a QANN that has the network's integers for weights, whatever its own are.
+
+    Quantised to T levels it computes the network's own end point.
+
+    It computes in float64; its images are those of `Preprocessing.center`.
+    """
+    copied = copy.deepcopy(qann).double()
+    values = spike_values(copied, network.preprocessing)
+    nodes = [n for n in network.nodes if isinstance(n, Population | Readout)]
+    for layer, node in zip(copied.weighted(), nodes, strict=True):
+        found = _rounded(layer, node, values, timesteps)
+        layer.assign_(found.weights, found.bias)
+    return copied
+
+
 def _integer_layers(
     qann: Qann, values: dict[str, tuple[Tensor, Tensor]], timesteps: int, weight_bits: int
 ) -> Iterator[Population | Readout]:

@@ -32,6 +32,7 @@ from snnconv.plan import Island as PlannedIsland
 from snnconv.plan import Key, Relay, Source
 
 Observer = Callable[["Layer", Tensor], None]
+Activation = Callable[["Layer", Tensor], Tensor]
 
 
 class HasShape(Protocol):
@@ -228,12 +229,19 @@ class Qann(nn.Module):
         *,
         offset: float = 0.5,
         observe: Observer | None = None,
+        activation: Activation | None = None,
     ) -> dict[str, Tensor]:
         """Return every readout for normalised images `[N, C, H, W]`.
 
         With `timesteps` each activation is quantised to T levels of its clip, without it is the
-        plain ReLU (clamped at its natural cap). `observe` sees each population's output.
+        plain ReLU (clamped at its natural cap); another `activation` takes its place. `observe`
+        sees each population's output.
         """
+        if activation is None:
+
+            def activation(layer: Layer, x: Tensor) -> Tensor:
+                return activate(layer, x, timesteps, offset)
+
         values: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}
         last_use = last_uses(self.nodes)
@@ -249,7 +257,7 @@ class Qann(nn.Module):
                 if node.readout:
                     outputs[node.name] = current.reshape(len(current), *node.shape)
                 else:
-                    values[node.name] = activate(node, current, timesteps, offset)
+                    values[node.name] = activation(node, current)
                     if observe is not None:
                         observe(node, values[node.name])
             for name in last_use.get(position, ()):

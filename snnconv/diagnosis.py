@@ -1,0 +1,327 @@
+"""Say where a spiking network loses what its ANN knew: how much, by which cause, in which layer.
+
+A chain of networks leads from the ANN to the spiking network, each with one cause of error more
+than the one before: activations are clipped, rounded to T levels, weights and thresholds become
+integers, and spikes take their time. The errors of a layer along the chain are sums of squares
+against the ANN's activations, so the differences between neighbours add up to the whole. Where
+other weights than the ANN's were learnt, they are the first link: as the integers they were learnt
+as, and with the clips they were learnt with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snnconv.engine import Engine
+from snnconv.network import SpikingNetwork
+from snnconv.normalize import network_qann
+from snnconv.ops import per_channel
+from snnconv.pipeline import float_qann
+from snnconv.progress import Progress, silent
+from snnconv.quant import Activation, Layer, Qann, activate
+from snnconv.schedule import Schedule
+
+CLIPPING, LEVELS, TIME = "clipping", "levels", "time"
+INTEGERS, OTHER_WEIGHTS = "integers", "new weights and clips"
+# Images at once, and at most; fewer of networks with more neurons. Layers are restored on a part.
+BATCH, MOST_IMAGES, MOST_RESTORED = 16, 256, 64
+MOST_NEURONS = 2**27
+# A loss nobody need mend: the divergence of the outputs, in nats.
+NEGLIGIBLE = 1e-3
+# A sequential error nobody need mend.
+SETTLED = 1e-9
+
+Found = tuple[dict[str, Tensor], Tensor]
+
+
+@dataclass
+class _Sums:
+    """Squared errors per stage and layer, squares of the reference, and what outputs say."""
+
+    errors: dict[str, dict[str, float]]
+    squares: dict[str, float]
+    divergence: dict[str, float]
+    agreeing: dict[str, int]
+
+    def add(self, stage: str, found: Found, reference: Found) -> None:
+        """Add a batch: activations per layer `[N, ...]` and logits `[N, classes]`."""
+        errors = self.errors.setdefault(stage, {})
+        for name, wanted in reference[0].items():
+            off = float((found[0][name] - wanted).double().square().sum())
+            errors[name] = errors.get(name, 0.0) + off
+        divergence = _divergence(reference[1], found[1])
+        self.divergence[stage] = self.divergence.get(stage, 0.0) + divergence
+        same = int((found[1].argmax(1) == reference[1].argmax(1)).sum())
+        self.agreeing[stage] = self.agreeing.get(stage, 0) + same
+
+
+def images_of(network: SpikingNetwork, available: int) -> int:
+    """Return how many of the available images a diagnosis looks at."""
+    return min(available, max(BATCH, min(MOST_IMAGES, MOST_NEURONS // max(network.neurons, 1))))
+
+
+def diagnose(
+    network: SpikingNetwork,
+    runner: Engine,
+    pixels: Tensor,
+    schedule: Schedule,
+    ann: nn.Module | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Return the errors of every layer by cause, what the outputs lose, and what to mend first.
+
+    `pixels` are uint8 `[N, C, H, W]`, `runner` an engine for the network at the schedule's T. `ann`
+    is the model the network was made from; without it, or where activations were replaced in it,
+    errors are against the quantised ANN, and time is their only cause. Raises UsageError if `ann`
+    is of another architecture.
+    """
+    if network.provenance.get("replaced_activations"):
+        ann = None
+    chain = _Chain(network, runner, schedule, ann, pixels.device)
+    sums, alone = (_Sums({}, {}, {}, {}) for _ in range(2))
+    for start in range(0, len(pixels), BATCH):
+        batch = pixels[start : start + BATCH]
+        with torch.no_grad():
+            stages, isolated = chain.run(batch)
+        reference = stages.pop("reference")
+        for name, wanted in reference[0].items():
+            sums.squares[name] = sums.squares.get(name, 0.0) + float(wanted.double().square().sum())
+        for stage, found in stages.items():
+            sums.add(stage, found, reference)
+        for stage, found in isolated.items():
+            alone.add(stage, found, reference)
+        if isolated:
+            *_, settled, spiking = stages.values()
+            alone.add(TIME, spiking, settled)
+        progress("diagnose", min(start + BATCH, len(pixels)), len(pixels))
+    restored = chain.restored(pixels[:MOST_RESTORED], progress) if chain.layers else None
+    paths = {p.name: p.path for p in network.populations}
+    layers = [_row(paths[name], name, sums, alone) for name in sums.squares]
+    output = {
+        "kl": {stage: value / len(pixels) for stage, value in sums.divergence.items()},
+        "agreement_percent": {s: 100 * n / len(pixels) for s, n in sums.agreeing.items()},
+    }
+    diagnosis: dict[str, Any] = {
+        "images": len(pixels),
+        "against": "qann" if ann is None else "ann",
+        "stages": list(sums.errors),
+        "layers": layers,
+        "output": output,
+        "restored": restored
+        and {
+            "images": len(pixels[:MOST_RESTORED]),
+            "kl": restored.pop(""),
+            "layers": [{"layer": paths[name], "kl": kl} for name, kl in restored.items()],
+        },
+    }
+    return {**diagnosis, "mend": mend(diagnosis, schedule)}
+
+
+class _Chain:
+    """The networks between the ANN and the spiking network, run on the same images."""
+
+    def __init__(
+        self,
+        network: SpikingNetwork,
+        runner: Engine,
+        schedule: Schedule,
+        ann: nn.Module | None,
+        device: torch.device,
+    ) -> None:
+        self.network, self.runner, self.schedule = network, runner, schedule
+        (readout,) = network.readouts
+        self.readout = readout.name
+        self.ann: Qann | None = None
+        self.layers: list[Layer] = []
+        if ann is not None:
+            self.ann = float_qann(ann, network).to(device)
+            self.integers = network_qann(self.ann, network, schedule.timesteps).float()
+            self.layers = list(self.integers.populations())
+        self.other_weights = _has_other_weights(network)
+
+    def run(self, pixels: Tensor) -> tuple[dict[str, Found], dict[str, Found]]:
+        """Return what every stage computes, `reference` first, and each cause switched on alone."""
+        network, timesteps = self.network, self.schedule.timesteps
+        end, course = self.runner.endpoint(pixels), self.runner.simulate(pixels, self.schedule)
+        settled = self._values(end.counts), end.logits(network, self.readout).flatten(1)
+        final = course.logits(network, self.readout)[-1].flatten(1)
+        spiking = self._values(course.counts), final
+        if self.ann is None:
+            return {"reference": settled, TIME: spiking}, {}
+        images, centered = self._normalized(pixels), self.network.preprocessing.center(pixels)
+        offset = network.rounding_offset
+
+        def levels(layer: Layer, x: Tensor) -> Tensor:
+            return activate(layer, x, timesteps, offset)
+
+        def stepped(layer: Layer, x: Tensor) -> Tensor:
+            return _stepped(layer, x, timesteps, offset)
+
+        alone = {LEVELS: self._float(self.ann, images, stepped)}
+        chain = {"reference": self._float(self.ann, images)}
+        if self.other_weights:
+            chain[OTHER_WEIGHTS] = self._float(self.integers, centered, _clipped)
+            chain[LEVELS] = settled
+        else:
+            chain[CLIPPING] = alone[CLIPPING] = self._float(self.ann, images, _clipped)
+            chain[LEVELS] = self._float(self.ann, images, levels)
+            chain[INTEGERS] = settled
+            alone[INTEGERS] = self._float(self.integers, centered)
+        chain[TIME] = spiking
+        return chain, alone
+
+    def restored(self, pixels: Tensor, progress: Progress) -> dict[str, float]:
+        """Return how far the quantised ANN's outputs are off, with each layer alone left in float.
+
+        The key "" has them with none.
+        """
+        assert self.ann is not None
+        names = ["", *(layer.name for layer in self.layers)]
+        found = dict.fromkeys(names, 0.0)
+        for start in range(0, len(pixels), BATCH):
+            batch = pixels[start : start + BATCH]
+            images = self.network.preprocessing.center(batch)
+            with torch.no_grad():
+                wanted = self._float(self.ann, self._normalized(batch))[1]
+                for done, name in enumerate(names):
+                    logits = self._float(self.integers, images, self._but(name))[1]
+                    found[name] += _divergence(wanted, logits) / len(pixels)
+                    share = len(batch) * (done + 1) // len(names)
+                    progress("restore layers", start + share, len(pixels))
+        return found
+
+    def _but(self, name: str) -> Activation:
+        """Return the quantised activation, left in float in one layer."""
+        timesteps, offset = self.schedule.timesteps, self.network.rounding_offset
+        return lambda layer, x: activate(
+            layer, x, None if layer.name == name else timesteps, offset
+        )
+
+    def _normalized(self, pixels: Tensor) -> Tensor:
+        return self.network.preprocessing.normalize(pixels)
+
+    def _values(self, counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what counts are worth, `[N, ...]`."""
+        values = {}
+        for p in self.network.populations:
+            found = counts[p.name]
+            worth = (p.clip / self.schedule.timesteps).to(found.device)
+            values[p.name] = found.double() * per_channel(worth, found.ndim)
+        return values
+
+    def _float(self, qann: Qann, images: Tensor, activation: Activation | None = None) -> Found:
+        """Return activations and logits of a float network."""
+        found: dict[str, Tensor] = {}
+
+        def observe(layer: Layer, x: Tensor) -> None:
+            found[layer.name] = x.reshape(len(x), *layer.shape)
+
+        outputs = qann(images, observe=observe, activation=activation)
+        return found, outputs[self.readout].flatten(1)
+
+
+def _has_other_weights(network: SpikingNetwork) -> bool:
+    """Return whether the network has other weights than its ANN, beside their rounding."""
+    told = network.provenance
+    compensation = told.get("compensation") or {}
+    return bool(
+        told.get("retraining")
+        or told.get("finetuning")
+        or (told.get("reconstruction") or {}).get("kept")
+        or compensation.get("kind", "none") != "none"
+    )
+
+
+def _clipped(layer: Layer, x: Tensor) -> Tensor:
+    """Clip a current at what T counts are worth, and round nothing."""
+    clip = per_channel(layer.clip, x.ndim).to(x.dtype)
+    return torch.minimum(x, clip).maximum(-clip if layer.two_sided else torch.zeros_like(clip))
+
+
+def _stepped(layer: Layer, x: Tensor, timesteps: int, offset: float) -> Tensor:
+    """Round a current to steps of one level, however many, and clip nothing."""
+    step = per_channel(layer.clip, x.ndim).to(x.dtype) / timesteps
+    return activate(layer, step * (x / step + offset).floor(), None)
+
+
+def _divergence(reference: Tensor, logits: Tensor) -> float:
+    """Sum the Kullback-Leibler divergence of the classes' shares over images `[N, classes]`."""
+    p, q = (x.double().log_softmax(1) for x in (reference, logits))
+    return float((p.exp() * (p - q)).sum())
+
+
+def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:
+    """Return one layer's errors, relative to the reference's square."""
+    square = max(sums.squares[name], torch.finfo(torch.float64).tiny)
+    cumulative = {stage: errors[name] / square for stage, errors in sums.errors.items()}
+    before = [0.0, *cumulative.values()]
+    last = before[-1]
+    return {
+        "layer": path,
+        "cumulative": cumulative,
+        "by_cause": {s: e - b for (s, e), b in zip(cumulative.items(), before, strict=False)},
+        "isolated": {s: errors[name] / square for s, errors in alone.errors.items()} or None,
+        "sqnr_db": -10 * math.log10(last) if last > 0 else None,
+    }
+
+
+def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None:
+    """Return the layer to mend first, the cause, its share of the loss in percent, and how.
+
+    The cause is the stage at which the outputs lose most. Of clipping, levels and weights the layer
+    is the one that, left in float alone, brings most of it back; of time the one at which the
+    error of counts grows most. None where there is nothing to gain.
+    """
+    kl = diagnosis["output"]["kl"]
+    losses = {s: e - b for (s, e), b in zip(kl.items(), [0.0, *kl.values()], strict=False)}
+    cause = max(losses, key=lambda stage: losses[stage])
+    if losses[cause] < NEGLIGIBLE:
+        return None
+    restored = diagnosis["restored"]
+    if cause == TIME or restored is None:
+        errors = [row["by_cause"][TIME] for row in diagnosis["layers"]]
+        rises = [e - b for e, b in zip(errors, [0.0, *errors], strict=False)]
+        worst = max(range(len(rises)), key=rises.__getitem__)
+        share = rises[worst] / max(sum(r for r in rises if r > 0), SETTLED)
+        layer = diagnosis["layers"][worst]["layer"]
+        cause = TIME
+    else:
+        best = min(restored["layers"], key=lambda row: row["kl"])
+        layer, share = best["layer"], 1 - best["kl"] / restored["kl"]
+    return {
+        "layer": layer,
+        "cause": cause,
+        "share_percent": 100 * max(share, 0.0),
+        "suggestion": ADVICE[cause](schedule),
+    }
+
+
+def _advice_on_time(schedule: Schedule) -> str:
+    if schedule.exact:
+        return "give the network time: --drain auto, or neurons that may emit negative spikes"
+    return (
+        "--schedule drain lets counts settle where the quantised ANN's are, for a few steps more; "
+        "at the same latency snnconv finetune --layerwise wins a part of it back"
+    )
+
+
+ADVICE: dict[str, Callable[[Schedule], str]] = {
+    CLIPPING: lambda _: (
+        "higher clips: calibrate on more images, or --calibration percentile; or "
+        "retrain, which learns them"
+    ),
+    LEVELS: lambda s: f"more levels: a larger -T than {s.timesteps}; or retrain at this one",
+    INTEGERS: lambda _: (
+        "weights of more bits (--weight-bits 8); or retrain, which rounds as it will be stored"
+    ),
+    OTHER_WEIGHTS: lambda _: (
+        "the weights that were learnt compute something else: retrain longer, or with --distill"
+    ),
+    TIME: _advice_on_time,
+}
