@@ -23,16 +23,9 @@ def stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
     return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
 
 
-def load_forwards(
-    source: str, network: Any, timesteps: int, device: str
-) -> dict[str, Callable[[Any], Any]]:
-    """Return what maps pixels to the logits of the ANN, `ann`, and of its QANN, `qann_float`.
-
-    The latter only if no other weights became of the ANN's.
-    """
+def load_ann(source: str, network: Any) -> Any:
+    """Load the model a network was made from. Raises UsageError if it has other weights."""
     from snnconv.load import load_model
-    from snnconv.pipeline import float_qann
-    from snnconv.replace import replace_activations
 
     if not network.model:
         raise UsageError("--ann: the checkpoint does not say which network it was made from")
@@ -44,12 +37,26 @@ def load_forwards(
     )
     if loaded.weights_sha256 != network.model["weights_sha256"]:
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
-    model, normalize = loaded.model.to(device), network.preprocessing.normalize
+    return loaded.model
+
+
+def forwards_of(
+    model: Any, network: Any, timesteps: int, device: str
+) -> dict[str, Callable[[Any], Any]]:
+    """Return what maps pixels to the logits of the ANN, `ann`, and of its QANN, `qann_float`.
+
+    The latter only if no other weights became of the ANN's.
+    """
+    from snnconv.pipeline import float_qann
+    from snnconv.replace import replace_activations
+
+    normalize = network.preprocessing.normalize
+    model = model.to(device)
     (readout,) = network.readouts
     forwards: dict[str, Callable[[Any], Any]] = {"ann": lambda pixels: model(normalize(pixels))}
     reconstructed = (network.provenance.get("reconstruction") or {}).get("kept")
     if not (network.provenance.get("retraining") or reconstructed):
-        qann_of = loaded.model
+        qann_of = model
         if network.provenance.get("replaced_activations"):
             qann_of, _ = replace_activations(qann_of)
         qann = float_qann(qann_of, network).to(device)

@@ -9,7 +9,7 @@ from typing import Any
 from snnconv.errors import UsageError
 
 from . import console, options
-from .ann import load_forwards, measure_forwards, stored_ann
+from .ann import forwards_of, load_ann, measure_forwards, stored_ann
 
 
 def compare(
@@ -60,7 +60,8 @@ def compare(
         )
         measured = stored_ann(first, images)
         if ann is not None:
-            forwards = load_forwards(ann, first, first.timetable(timesteps).timesteps, place)
+            steps = first.timetable(timesteps).timesteps
+            forwards = forwards_of(load_ann(ann, first), first, steps, place)
             only = {"ann": forwards["ann"]}
             measured = measure_forwards(only, first, images, indices, place, progress)["ann"]
     contents = {

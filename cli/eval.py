@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from snnconv.errors import UsageError
 
 from . import console, options
-from .ann import load_forwards, measure_forwards, stored_ann
+from .ann import forwards_of, load_ann, measure_forwards, stored_ann
 from .baselines import compare
 from .convert import parse_drain
 
@@ -75,6 +75,12 @@ SHOWN_STEPS = 12
     "checkpoints, the exact schedules.",
 )
 @click.option(
+    "--statistics/--no-statistics",
+    default=True,
+    show_default=True,
+    help="Count operations and energy, and with --ann say which layer is to blame.",
+)
+@click.option(
     "--engine",
     type=click.Choice(["auto", "native", "counts", "reference", "endpoint"]),
     default="auto",
@@ -103,6 +109,7 @@ def command(
     initial_membrane: str | None,
     ann: str | None,
     baselines: bool,
+    statistics: bool,
     engine: str,
     output: Path | None,
     force: bool,
@@ -152,7 +159,7 @@ def command(
     from snnconv import distributed, report
     from snnconv.checkpoint import load_network
     from snnconv.data import choose_indices
-    from snnconv.measure import evaluate
+    from snnconv.measure import evaluate, first_within
     from snnconv.normalize import with_settings
 
     network = load_network(path)
@@ -176,7 +183,8 @@ def command(
     report.require_writable(report_path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
-        forwards = {} if ann is None else load_forwards(ann, network, timetable.timesteps, place)
+        model = None if ann is None else load_ann(ann, network)
+        forwards = forwards_of(model, network, timetable.timesteps, place) if model else {}
         evaluation = evaluate(
             network,
             images,
@@ -186,11 +194,19 @@ def command(
             device=place,
             seed=seed,
             ann=forwards.pop("ann", None),
+            statistics=statistics,
             progress=progress,
         )
         evaluation["checkpoint"] = path.name
         if ann is None:
             evaluation["ann"] = stored_ann(network, images)
+        if evaluation["by_step"] is not None and evaluation["ann"] is not None:
+            wanted = evaluation["ann"]["top1_percent"]
+            evaluation["first_within"]["ann"] = first_within(evaluation["by_step"], wanted)
+        if statistics and evaluation["by_step"] is not None:
+            evaluation["errors"] = _errors(
+                network, images, indices, timetable, model, place, progress
+            )
         evaluation |= measure_forwards(forwards, network, images, indices, place, progress)
     if distributed.is_leader():
         report.write(report_path, evaluation, console.arguments())
@@ -200,6 +216,27 @@ def command(
     _print(evaluation)
     console.note(f"report: {report_path}", quiet)
     options.note_unreadable(images.unreadable, quiet)
+
+
+def _errors(
+    network: Any,
+    images: Any,
+    indices: Any,
+    timetable: Any,
+    model: Any,
+    device: str,
+    progress: console.Progress,
+) -> dict[str, Any] | None:
+    """Return which layer loses what by which cause, on some of the images."""
+    from snnconv import distributed
+    from snnconv.diagnosis import diagnose, some_images
+    from snnconv.engine import prepare
+
+    if not distributed.is_leader():
+        return None
+    pixels = some_images(network, images, indices).to(device)
+    runner = prepare(network, timetable.timesteps, device=device)
+    return diagnose(network, runner, pixels, timetable, model, progress)
 
 
 def _refuse_with_baselines() -> None:

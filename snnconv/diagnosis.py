@@ -15,9 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from snnconv.data import ImageData
 from snnconv.engine import Engine
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import network_qann
@@ -61,9 +63,11 @@ class _Sums:
         self.agreeing[stage] = self.agreeing.get(stage, 0) + same
 
 
-def images_of(network: SpikingNetwork, available: int) -> int:
-    """Return how many of the available images a diagnosis looks at."""
-    return min(available, max(BATCH, min(MOST_IMAGES, MOST_NEURONS // max(network.neurons, 1))))
+def some_images(network: SpikingNetwork, data: ImageData, indices: np.ndarray) -> Tensor:
+    """Load as many images as a diagnosis looks at, spread over `indices`: uint8 `[N, C, H, W]`."""
+    count = max(BATCH, min(MOST_IMAGES, MOST_NEURONS // max(network.neurons, 1)))
+    chosen = indices[:: -(-len(indices) // count)]
+    return torch.cat([x for x, _ in data.batches(network.preprocessing, chosen, BATCH)])
 
 
 def diagnose(

@@ -15,16 +15,19 @@ from torch import Tensor
 from snnconv import __version__, distributed
 from snnconv.checkpoint import sha256
 from snnconv.data import ImageData, check_labels, default_batch
+from snnconv.energy import activation_bits, energy
 from snnconv.engine import DEFAULT, ENDPOINT, Endpoint, Trace, prepare
-from snnconv.energy import count_operations, energy
 from snnconv.engine.counts import total
 from snnconv.errors import UsageError
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.preprocess import Preprocessing
 from snnconv.progress import Progress, silent
 from snnconv.schedule import Schedule
+from snnconv.workload import count_operations
 
 BATCH = 256
+# What still has its square in a byte.
+SMALL = 15
 BATCH_NEURONS = 2**26
 # What an evaluation has from a simulation alone.
 COURSE = (
@@ -38,6 +41,10 @@ COURSE = (
     "spikes",
     "layers",
 )
+
+
+# What it has of statistics.
+STATISTICS = ("operations", "energy")
 
 
 # The baselines every comparison shows: what they are called, the neurons, the schedule.
@@ -241,7 +248,8 @@ class _Tally:
         largest = np.abs(found) if p.two_sided else found
         off = 0
         if equal < found.size:
-            off = _squares(found.astype(np.int16) - wanted.astype(np.int16))
+            signed = np.int8 if timesteps <= np.iinfo(np.int8).max // 2 else np.int16
+            off = _squares(np.subtract(found, wanted, dtype=signed, casting="unsafe"))
         for sums, more in (
             (self.saturated, int(np.count_nonzero(largest == timesteps))),
             (self.zero, found.size - int(np.count_nonzero(found))),
@@ -284,8 +292,11 @@ class _Tally:
 
 
 def _squares(x: np.ndarray) -> int:
-    """Sum the squares of small integers."""
-    return sum(int(value) ** 2 * int(n) for value, n in zip(*np.unique(x, return_counts=True)))
+    """Sum the squares of counts or their differences `[N, ...]`."""
+    if x.itemsize == 1 and max(int(x.max(initial=0)), -int(x.min(initial=0))) <= SMALL:
+        return int(total(torch.from_numpy(np.square(x.view(np.uint8)))).sum())
+    numbers = x.astype(np.float64).ravel()
+    return int(numbers @ numbers)
 
 
 def evaluate(
@@ -380,11 +391,8 @@ def evaluate(
         "qann_float": None,
         "snn": _accuracy(tally.hits, tally.images),
         **(_course(network, schedule, tally) if simulated else dict.fromkeys(COURSE)),
-        **(
-            _energy(network, schedule, tally)
-            if statistics
-            else {"operations": None, "energy": None}
-        ),
+        **(_energy(network, schedule, tally) if statistics else dict.fromkeys(STATISTICS)),
+        "errors": None,
         "wall_ms_per_image": 1000 * seconds / tally.images,
         "engine": runner.name if simulated else ENDPOINT,
         "device": device,
@@ -531,11 +539,13 @@ def _energy(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
     operations = count_operations(
         network, schedule, tally.events, tally.nonzero, tally.images, steps
     )
-    bits = {
-        "activation_bits": schedule.timesteps.bit_length(),
-        "weight_bits": network.weight_bits,
-    }
-    return {"operations": operations, "energy": energy(operations, **bits, steps=steps)}
+    cost = energy(
+        operations,
+        activation_bits=activation_bits(schedule.timesteps),
+        weight_bits=network.weight_bits,
+        steps=steps,
+    )
+    return {"operations": operations, "energy": cost}
 
 
 def _latency(schedule: Schedule, tally: _Tally) -> int:
