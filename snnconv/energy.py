@@ -145,7 +145,7 @@ def _verdict(found: Mapping[str, Any], total: Mapping[str, Any]) -> str:
     text = (
         f"The spiking network's arithmetic takes {outcome} that of the quantised ANN "
         f"of the same bits ({found['activation_bits']}-bit activations, {found['weight_bits']}-bit "
-        f"weights): {snn:.4g} against {qann:.4g} nJ per image"
+        f"weights): {_nj(snn)} against {_nj(qann)} nJ per image"
     )
     if meets is not None:
         spikes = total["resets"] / total["neurons"]
@@ -155,13 +155,22 @@ def _verdict(found: Mapping[str, Any], total: Mapping[str, Any]) -> str:
         )
     elif snn > qann:
         text += ", and what it takes without any spike is more already"
-    skipping = found["qann_skipping_zeros_nj"]
-    return (
-        f"{text}. It takes {_times(snn, skipping)} the energy of a quantised ANN that skips zeros "
-        f"({skipping:.4g} nJ), {_times(snn, found['ann_int8_nj'])} that of the int8 ANN "
-        f"({found['ann_int8_nj']:.4g} nJ) and {_times(snn, found['ann_fp32_nj'])} that of the fp32 "
-        f"ANN ({found['ann_fp32_nj']:.4g} nJ); memory traffic is in none of these figures."
+    skipping, int8, fp32 = (
+        f"{_times(snn, found[key])} the energy of {who} ({_nj(found[key])} nJ)"
+        for key, who in (
+            ("qann_skipping_zeros_nj", "a quantised ANN that skips zeros"),
+            ("ann_int8_nj", "the int8 ANN"),
+            ("ann_fp32_nj", "the fp32 ANN"),
+        )
     )
+    return (
+        f"{text}. It takes {skipping}, {int8} and {fp32}; memory traffic is in none of these "
+        "figures."
+    )
+
+
+def _nj(energy: float) -> str:
+    return f"{energy:,.0f}" if energy >= 100 else f"{energy:.3g}"
 
 
 def _times(ours: float, other: float) -> str:
