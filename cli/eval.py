@@ -290,6 +290,7 @@ def _print(e: dict[str, Any]) -> None:
         rows.append(("  by spike count", f"{by_count:.2f} %, as neurons in the readout would fire"))
     if e["by_step"] is not None:
         rows += _course(e)
+    rows += _verdicts(e)
     rows.append(
         ("time", f"{e['wall_ms_per_image']:.1f} ms per image, {e['engine']}, {e['device']}")
     )
@@ -300,6 +301,24 @@ def _print(e: dict[str, Any]) -> None:
         reached = ["–" if s["top1_percent"] is None else f"{s['top1_percent']:.2f}" for s in steps]
         columns = ["step", *(str(s["step"]) for s in steps)]
         console.print_table(None, columns, [("top-1 %", *reached)])
+
+
+def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return rows of what it costs, and what to mend."""
+    rows = []
+    if (cost := e["energy"]) is not None:
+        ours, matched = cost["snn_nj"]["total"], cost["qann_nj"]
+        rows.append(
+            (
+                "energy",
+                f"{ours / 1000:.2f} uJ per image, {ours / matched:.2f} of the quantised ANN of the "
+                f"same bits, {ours / cost['qann_skipping_zeros_nj']:.2f} of one that skips zeros "
+                "(arithmetic)",
+            )
+        )
+    if e["errors"] is not None and (mend := e["errors"]["mend"]) is not None:
+        rows.append(("mend first", f"{mend['layer']}: {mend['cause']}; {mend['suggestion']}"))
+    return rows
 
 
 def _course(e: dict[str, Any]) -> list[tuple[str, str]]:

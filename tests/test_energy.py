@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from snnconv import workload
 from snnconv.energy import ASSUMPTIONS, activation_bits, energy
-from snnconv.engine import simulate
-from snnconv.engine.reference import _Simulation
+from snnconv.engine import endpoint, simulate
 from snnconv.errors import UsageError
 from snnconv.network import Image, Island, Population, SpikingNetwork, Synapse
 from snnconv.pipeline import convert
@@ -34,23 +33,11 @@ def course(
     network: SpikingNetwork, pixels: Tensor, schedule: Schedule
 ) -> tuple[Events, Events, int]:
     """Return what `count_operations` wants to know of a simulation, and the steps it took."""
-    steps = simulate(network, pixels, schedule, engine="reference").steps
-    simulation = _Simulation(network, pixels, schedule)
-    events: Events = {}
-    before: Events = {}
-    for t in range(1, steps + 1):
-        simulation._step(t)
-        for name, counts in simulation.counts.items():
-            moved = counts - before.get(name, torch.zeros_like(counts))
-            events[name] = events.get(name, torch.zeros_like(counts[0])) + moved.abs().sum(0)
-            before[name] = counts
-    told = {
-        node.name
-        for node in network.nodes
-        if isinstance(node, Population) or getattr(node, "op", "") in ("max_pool", "clamp")
-    }
-    nonzero = {name: (counts != 0).sum(0) for name, counts in before.items() if name in told}
-    return {name: events[name] for name in told}, nonzero, steps
+    found = simulate(network, pixels, schedule, engine="reference", events=True)
+    assert found.events is not None
+    end = endpoint(network, pixels, schedule.timesteps, maps=True)
+    nonzero = {name: (end.counts[name] != 0).sum(0) for name in found.events}
+    return found.events, nonzero, found.steps
 
 
 def operations_of(

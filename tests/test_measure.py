@@ -19,13 +19,16 @@ from snnconv.errors import DataError, UsageError
 from snnconv.measure import (
     COMPARED,
     COURSE,
+    EVERY,
     METHODS,
     compare,
     evaluate,
+    first_within,
     paired_drop,
     top1_percents,
     wilson_interval,
 )
+from snnconv.workload import fan_out
 
 COUNT = 24
 
@@ -253,3 +256,61 @@ def test_the_interval_of_a_drop_is_that_of_resampled_images() -> None:
     assert drop["interval95_percent"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.25)
     least, most = paired_drop(0, 0, 800)["interval95_percent"]
     assert least < 0 < most
+
+
+@pytest.mark.parametrize("schedule", ["paper", "drain"])
+def test_statistics_are_those_of_the_reference(schedule: str) -> None:
+    network = converted("residual", timesteps=3).network
+    timetable = network.timetable(name=schedule)
+    found = evaluate(network, data(), np.arange(COUNT), timetable, statistics=True)
+    course = simulate(network, images(COUNT, 4), timetable, "reference", events=True)
+    end = endpoint(network, images(COUNT, 4), 3)
+    for row, p in zip(found["layers"], network.populations, strict=True):
+        counts, wanted = course.counts[p.name].numpy(), end.counts[p.name].numpy().astype(int)
+        events = course.events[p.name].numpy()
+        assert row["rate_percent"] == pytest.approx(
+            100 * events.sum() / (counts.size * found["latency_steps"])
+        )
+        assert row["saturated_percent"] == pytest.approx(100 * (counts == 3).mean())
+        assert row["zero_percent"] == pytest.approx(100 * (counts == 0).mean())
+        assert row["dead_percent"] == pytest.approx(100 * (events == 0).mean())
+        off, size = (counts - wanted)[::EVERY], wanted[::EVERY]
+        if row["counts_percent"] < 100:
+            error = np.sqrt((off**2).sum() / (size**2).sum())
+            assert row["sequential_error"] == pytest.approx(error)
+        else:
+            assert row["sequential_error"] == 0
+    operations = found["operations"]
+    assert operations["total"]["resets"] == pytest.approx(found["spikes"]["per_image"])
+    assert found["energy"]["snn_nj"]["total"] > 0
+    without = evaluate(network, data(), np.arange(COUNT), timetable)
+    assert without["operations"] is without["energy"] is None
+    assert "rate_percent" not in without["layers"][0]
+
+
+def test_operations_behind_a_max_pool_are_those_of_its_own_events() -> None:
+    network = converted("pools").network
+    labelled = data(np.arange(COUNT) % 3)
+    found = evaluate(network, labelled, np.arange(COUNT), network.timetable(), statistics=True)
+    course = simulate(network, images(COUNT, 4), network.timetable(), "reference", events=True)
+    rows = {row["layer"]: row["synaptic_operations"] for row in found["operations"]["layers"]}
+    shapes = {n.name: n.shape for n in network.nodes}
+    pools = {n.name for n in network.eventful if n not in network.populations}
+    read: set[str] = set()
+    for p in network.populations:
+        if all(s.source in course.events for s in p.branches):
+            reached = sum(
+                float((course.events[s.source] * fan_out(s, shapes[s.source])).sum())
+                for s in p.branches
+            )
+            assert rows[p.path] == pytest.approx(reached / COUNT)
+            read |= {s.source for s in p.branches}
+    assert read & pools
+
+
+def test_the_first_step_from_which_accuracy_stays() -> None:
+    steps = [{"top1_percent": x} for x in (None, 90.0, 80.0, 88.1, 89.4, 89.6)]
+    assert first_within(steps, 90) == {"0.5": 6, "1": 5, "2": 4}
+    assert first_within(steps, 95) == {"0.5": None, "1": None, "2": None}
+    assert first_within(steps, 50) == {"0.5": 2, "1": 2, "2": 2}
+    assert first_within(steps, None) is None
