@@ -87,3 +87,24 @@ def measure_forwards(
         name: {"top1_percent": found["top1_percent"], "source": "measured"}
         for name, found in measured.items()
     }
+
+
+def diagnosed(
+    network: Any,
+    images: Any,
+    indices: Any,
+    timetable: Any,
+    model: Any,
+    device: str,
+    progress: console.Progress,
+) -> dict[str, Any] | None:
+    """Return which layer loses what by which cause, on some of the images."""
+    from snnconv import distributed
+    from snnconv.diagnosis import diagnose, some_images
+    from snnconv.engine import prepare
+
+    if not distributed.is_leader():
+        return None
+    pixels = some_images(network, images, indices).to(device)
+    runner = prepare(network, timetable.timesteps, device=device)
+    return diagnose(network, runner, pixels, timetable, model, progress)

@@ -13,6 +13,7 @@ from snnconv.errors import UsageError
 from snnconv.progress import silent
 
 from . import console, options
+from .ann import diagnosed
 from .retraining import TrainFiles, TrainOptions, retrainer, train_options
 from .source import (
     NetworkOptions,
@@ -220,6 +221,7 @@ def command(
     indices: Any = None
     accuracies: dict[str, Any] = {}
     after: dict[str, Any] | None = None
+    errors: dict[str, Any] | None = None
     if data is not None:
         count = 0 if calibration == "bn" else calibration_images
         train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
@@ -339,6 +341,11 @@ def command(
                 described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
             if retrain is not None:
                 accuracies = _measure_qann(conversion, test, chosen, place, progress)
+            if described["ann"] is not None:
+                made = conversion.network
+                errors = diagnosed(
+                    made, test, chosen, made.timetable(), loaded.model, place, progress
+                )
     spiking = with_settings(conversion.network, model=described)
     if not distributed.is_leader():
         return
@@ -365,6 +372,7 @@ def command(
         "retraining": files.described(spiking.provenance["retraining"]),
         "qann": accuracies.get("qann"),
         "qann_float": accuracies.get("qann_float"),
+        "errors": errors,
         "preprocessing": loaded.preprocessing.to_dict(),
         "neurons": spiking.neurons,
         "depth": spiking.depth,

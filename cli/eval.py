@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from snnconv.errors import UsageError
 
 from . import console, options
-from .ann import forwards_of, load_ann, measure_forwards, stored_ann
+from .ann import diagnosed, forwards_of, load_ann, measure_forwards, stored_ann
 from .baselines import compare
 from .convert import parse_drain
 
@@ -204,7 +204,7 @@ def command(
             wanted = evaluation["ann"]["top1_percent"]
             evaluation["first_within"]["ann"] = first_within(evaluation["by_step"], wanted)
         if statistics and evaluation["by_step"] is not None:
-            evaluation["errors"] = _errors(
+            evaluation["errors"] = diagnosed(
                 network, images, indices, timetable, model, place, progress
             )
         evaluation |= measure_forwards(forwards, network, images, indices, place, progress)
@@ -216,27 +216,6 @@ def command(
     _print(evaluation)
     console.note(f"report: {report_path}", quiet)
     options.note_unreadable(images.unreadable, quiet)
-
-
-def _errors(
-    network: Any,
-    images: Any,
-    indices: Any,
-    timetable: Any,
-    model: Any,
-    device: str,
-    progress: console.Progress,
-) -> dict[str, Any] | None:
-    """Return which layer loses what by which cause, on some of the images."""
-    from snnconv import distributed
-    from snnconv.diagnosis import diagnose, some_images
-    from snnconv.engine import prepare
-
-    if not distributed.is_leader():
-        return None
-    pixels = some_images(network, images, indices).to(device)
-    runner = prepare(network, timetable.timesteps, device=device)
-    return diagnose(network, runner, pixels, timetable, model, progress)
 
 
 def _refuse_with_baselines() -> None:

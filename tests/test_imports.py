@@ -30,7 +30,7 @@ LAYERS = [
     {"checkpoint", "engine"},
     {"verify", "train", "finetune", "compensation"},
     {"reconstruction"},
-    {"pipeline", "measure"},
+    {"pipeline", "measure", "diagnosis"},
     {"report", "export", "examination"},
     {"cli"},
 ]
