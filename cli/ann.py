@@ -100,11 +100,13 @@ def diagnosed(
 ) -> dict[str, Any] | None:
     """Return which layer loses what by which cause, on some of the images."""
     from snnconv import distributed
-    from snnconv.diagnosis import diagnose, some_images
+    from snnconv.diagnosis import diagnose, images_wanted
     from snnconv.engine import prepare
+    from snnconv.measure import spread_images
 
     if not distributed.is_leader():
         return None
-    pixels = some_images(network, images, indices).to(device)
+    pixels = spread_images(images, network.preprocessing, indices, images_wanted(network))
+    pixels = pixels.to(device)
     runner = prepare(network, timetable.timesteps, device=device)
     return diagnose(network, runner, pixels, timetable, model, progress)

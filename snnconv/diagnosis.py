@@ -15,11 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from snnconv.data import ImageData
 from snnconv.engine import Engine
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import network_qann
@@ -63,11 +61,9 @@ class _Sums:
         self.agreeing[stage] = self.agreeing.get(stage, 0) + same
 
 
-def some_images(network: SpikingNetwork, data: ImageData, indices: np.ndarray) -> Tensor:
-    """Load as many images as a diagnosis looks at, spread over `indices`: uint8 `[N, C, H, W]`."""
-    count = max(BATCH, min(MOST_IMAGES, MOST_NEURONS // max(network.neurons, 1)))
-    chosen = indices[:: -(-len(indices) // count)]
-    return torch.cat([x for x, _ in data.batches(network.preprocessing, chosen, BATCH)])
+def images_wanted(network: SpikingNetwork) -> int:
+    """Return how many images a diagnosis looks at, as far as there are so many."""
+    return max(BATCH, min(MOST_IMAGES, MOST_NEURONS // max(network.neurons, 1)))
 
 
 def diagnose(

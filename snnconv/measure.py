@@ -150,6 +150,15 @@ def _shared_batches(
     return data.batches(preprocessing, chosen, batch, asked=len(indices))
 
 
+def spread_images(
+    data: ImageData, preprocessing: Preprocessing, indices: np.ndarray, count: int
+) -> Tensor:
+    """Load at most `count` images, spread evenly over `indices`: uint8 `[N, C, H, W]`."""
+    chosen = indices[:: -(-len(indices) // count)]
+    batches = data.batches(preprocessing, chosen, default_batch(preprocessing))
+    return torch.cat([pixels for pixels, _ in batches])
+
+
 def most_spikes(counts: Tensor, membranes: Tensor) -> Tensor:
     """Return the class with the most spikes, of those the one with the highest membrane.
 
