@@ -109,6 +109,8 @@ def _paths(sources: tuple[Path, ...], quiet: bool) -> list[Path]:
     for source in sources:
         if source.suffix == ".json":
             paths.append(source)
+        elif source.is_dir():
+            raise UsageError(f"{source} is a folder; name reports or a checkpoint in it")
         else:
             _, named = options.spiking_checkpoint(str(source), quiet)
             if not str(source).startswith("zoo:") and not source.exists():
@@ -127,20 +129,16 @@ def _default(sources: tuple[Path, ...], paths: list[Path]) -> Path:
 
 
 def _print(page: Any) -> None:
-    """Print what a page says at its top, and its tables if it compares."""
-    for part in page.parts or [page]:
-        if part.facts and not page.parts:
-            rows = [(fact.label, fact.value, fact.note) for fact in part.facts]
-            console.print_table(f"{part.title}: {part.subtitle}", ["", "measured", ""], rows)
-            for text in [*part.marks, *part.verdicts]:
-                click.echo(text)
-        elif not part.facts:
-            _print_tables(part)
-    _print_tables(page) if page.parts else None
-
-
-def _print_tables(page: Any) -> None:
-    for section in page.sections:
-        for table in section.tables:
+    """Print what a page says at its top, and the tables of comparisons."""
+    if page.facts:
+        rows = [(fact.label, fact.value, fact.note) for fact in page.facts]
+        console.print_table(f"{page.title}: {page.subtitle}", ["", "measured", ""], rows)
+        for text in [*page.marks, *page.verdicts]:
+            click.echo(text)
+        return
+    for part in [page, *(part for part in page.parts if not part.facts)]:
+        for table in (table for section in part.sections for table in section.tables):
             columns = [column.name for column in table.columns]
-            console.print_table(f"{page.title}: {table.title}", columns, table.rows)
+            console.print_table(f"{part.title}: {table.title}", columns, table.rows)
+        for text in part.marks:
+            click.echo(text)

@@ -55,12 +55,12 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
     same: dict[str, int] = {}
     changes = []
     for place, value in before.items():
-        found = now.get(place)
+        found = now[place] if place in now else _at(new, place)
         if found == value:
             same[group(place)] = same.get(group(place), 0) + 1
         else:
             changes.append(Change(place, value, found))
-    # A value in place of null has other places than the null; it is told by the null alone.
+    # An object in place of null is told as one change, not also by what it holds.
     replaced = [c.place for c in changes if c.old is None]
     added = [
         place
@@ -72,8 +72,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Difference:
     machine = [
         Change(key, old.get(key), new.get(key)) for key in MACHINE if old.get(key) != new.get(key)
     ]
-    filled = [Change(c.place, c.old, _at(new, c.place)) if c.new is None else c for c in changes]
-    return Difference(same, filled, sorted({group(place) for place in added}), machine)
+    return Difference(same, changes, sorted({group(place) for place in added}), machine)
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
