@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from snnconv.errors import UsageError
+from snnconv.errors import SnnconvError, UsageError, first_line
 
 from . import console, options
 
@@ -63,12 +63,18 @@ def command(
     if path.suffix not in (".html", ".md"):
         raise UsageError(f"--output {path}: a page is named *.html or *.md")
     report.require_writable(path, force or (output is None and html.is_own(path)))
-    page = comparison.document(found)
-    text = (html if path.suffix == ".html" else markdown).render(page)
-    report.write_text(path, text)
     evaluations = [r for r in found if r.is_evaluation]
-    if as_json:
+    try:
+        page = comparison.document(found)
+        text = (html if path.suffix == ".html" else markdown).render(page)
         rows = comparison.rows(evaluations) if len(evaluations) > 1 else None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        names = ", ".join(str(r.path) for r in found)
+        raise SnnconvError(
+            f"{names}: not as snnconv eval writes it: {first_line(error)} (-v shows where)"
+        ) from error
+    report.write_text(path, text)
+    if as_json:
         contents = {
             "schema": "snnconv.report/1",
             "version": __version__,

@@ -121,6 +121,7 @@ NOT_WHOLE = {"schema": "snnconv.evaluation/1", "model": "x", "images": "many"}
         (["."], 2, "is a folder"),
         (["folder.json"], 2, "is a folder"),
         (["part.json"], 1, "no whole report"),
+        (["inner.eval.json"], 1, "inner.eval.json: not as snnconv eval writes it"),
         (["a.eval.json", "-o", "a.pdf"], 2, "*.html or *.md"),
         (["a.eval.json", "-o", "taken.html"], 2, "--force"),
         (["a.eval.json", "-o", "no/a.html"], 2, "no such folder"),
@@ -139,6 +140,7 @@ def test_mistakes_are_told_in_plain_words(
     save("list.json", [1])
     save("other.json", {"schema": "snnconv.conversion/1"})
     save("part.json", NOT_WHOLE)
+    save("inner.eval.json", whole(snn={"top1_percent": "high"}))
     Path("text.json").write_text("# text", encoding="utf-8")
     Path("nan.json").write_text('{"schema": NaN}', encoding="utf-8")
     Path("taken.html").write_text("mine", encoding="utf-8")

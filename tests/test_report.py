@@ -132,6 +132,9 @@ def test_a_page_can_be_read_without_seeing_it() -> None:
 def test_text_of_a_report_is_no_markup() -> None:
     e = whole(model="<script>alert(1)</script>|*x*")
     e["layers"][0]["layer"] = "a<b>&c|d"
+    bad = '"><script>'
+    text, _ = pages(e, whole(schedule=bad), whole(schedule=f"{bad}2"))
+    assert "script" not in {tag for tag, _ in Page(text).tags}
     text, md = pages(e)
     assert "script" not in {tag for tag, _ in Page(text).tags}
     assert "a<b>&c|d" in Page(text).cells

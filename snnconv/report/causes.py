@@ -39,8 +39,9 @@ def section(e: dict[str, Any]) -> Section | None:
     against = AGAINST.get(errors["against"], errors["against"])
     texts = [
         f"How far activations are from those of {against}, as the relative squared error "
-        f"‖a−b‖²/‖b‖², on {errors['images']:,} images. Causes are switched on one after the other, "
-        "and each bar is what its cause adds; below zero it makes up for an earlier one."
+        f"‖a−b‖²\u2060/\u2060‖b‖², on {errors['images']:,} images. Causes are switched on one "
+        "after the other, and each bar is what its cause adds; below zero it makes up for an "
+        "earlier one."
     ]
     names = [row["layer"] for row in layers]
     mend = errors.get("mend")

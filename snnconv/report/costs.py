@@ -107,7 +107,8 @@ def _energy(e: dict[str, Any]) -> Section | None:
         texts.append("No rate of spikes would bring the SNN below the quantised ANN.")
     return Section(
         "Energy",
-        strong=energy.get("verdict") or "",
+        strong=f"The SNN takes {snn['total'] / energy['qann_nj']:.2f} times the energy of the "
+        "bit-matched quantised ANN.",
         texts=texts,
         figures=[figure],
         tables=[_parts(energy), _assumptions(energy)],
@@ -161,7 +162,7 @@ def _operations(e: dict[str, Any]) -> Section | None:
     columns = [
         Column("layer", "Where the operations end: neurons, or a readout.", number=False),
         *(Column(name, meaning) for name, meaning in OPERATIONS.values()),
-        Column(f"SNN, {unit[1]}", "Energy of the SNN in this layer."),
+        Column(f"SNN, {unit[1]}", "Energy of the SNN in this layer, without pooling and islands."),
         Column(f"QANN, {unit[1]}", "Energy of the bit-matched quantised ANN in this layer."),
     ]
     rows = []

@@ -12,6 +12,12 @@ from snnconv.report.document import Bars, Curves, Figure, Point, Points, Stacks,
 WIDTHS = {"wide": 720, "narrow": 358}
 BREAK = 2.5  # a bar so many times longer than the next is drawn broken
 SHAPES = {"paper": "circle", "drain": "square", "stagger": "triangle", "wait": "diamond"}
+# Where a label may stand beside its point, the best place first; far ones get a line to it.
+PLACES = (
+    *((10, 4, "start"), (10, -9, "start"), (10, 17, "start")),
+    *((-10, 4, "end"), (-10, -9, "end"), (-10, 17, "end"), (0, -13, "middle"), (0, 22, "middle")),
+    *((14, 33, "start"), (14, -26, "start"), (-14, 33, "end"), (-14, -26, "end")),
+)
 LETTER = 6.3  # width of an average letter of the labels, for placing them
 
 
@@ -45,7 +51,7 @@ def legend(figure: Figure) -> list[tuple[str, str]]:
     if isinstance(figure, Bars):
         return [(f"{name}", color) for name, color, _ in figure.rows[0][2]]
     groups = {p.group for p in figure.points}
-    return [(g, f"{g} shape {SHAPES.get(g, 'circle')}") for g in SHAPES if g in groups]
+    return [(group, f"{group} shape {shape}") for group, shape in SHAPES.items() if group in groups]
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -254,20 +260,25 @@ def _points(figure: Points, width: int) -> tuple[int, list[str]]:
     shapes.append(f'<polyline points="{path}" class="front"/>')
     for p in figure.points:
         x = plane.x(p.x)
-        shapes.append(_line(x, plane.y(p.low), x, plane.y(p.high), f"whisker s-{p.group}"))
+        shapes.append(_line(x, plane.y(p.low), x, plane.y(p.high), f"whisker s-{_group(p)}"))
+    labels = _labels(figure.points, plane, width)
     shapes += [_marker(plane.x(p.x), plane.y(p.y), p) for p in figure.points]
-    return height, shapes + _labels(figure.points, plane, width)
+    return height, shapes + labels
+
+
+def _group(p: Point) -> str:
+    """Return the class of a point's schedule; that of `paper` for one unknown."""
+    return p.group if p.group in SHAPES else "paper"
 
 
 def _marker(x: float, y: float, p: Point) -> str:
-    kind = f"f-{p.group} s-{p.group}" if p.front else f"hollow s-{p.group}"
+    group = _group(p)
+    kind = f"f-{group} s-{group}" if p.front else f"hollow s-{group}"
     shape = {
         "square": f"M{x - 5:g} {y - 5:g}h10v10h-10z",
         "triangle": f"M{x:g} {y - 6:g}l6.5 11h-13z",
         "diamond": f"M{x:g} {y - 7:g}l7 7l-7 7l-7 -7z",
-    }.get(
-        SHAPES.get(p.group, "circle"), f"M{x - 5.5:g} {y:g}a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0 -11 0z"
-    )
+    }.get(SHAPES[group], f"M{x - 5.5:g} {y:g}a5.5 5.5 0 1 0 11 0a5.5 5.5 0 1 0 -11 0z")
     told = f"{p.label}: {p.y:.2f} %, {amount(p.x)}" + (", on the front" if p.front else "")
     return f'<path d="{shape}" class="marker {kind}"><title>{escape(told)}</title></path>'
 
@@ -281,23 +292,25 @@ def _labels(points: Sequence[Point], plane: _Plane, width: int) -> list[str]:
         for share in (n / 40 for n in range(41)):
             x, y = x1 + share * (x2 - x1), y1 + share * (y2 - y1)
             taken.append((x - 1, y - 1, x + 1, y + 1))
+    named: dict[tuple[float, float], list[str]] = {}
+    for center, p in zip(centers, points, strict=True):
+        named.setdefault(center, []).append(p.label)
     shapes = []
-    for i in sorted(range(len(points)), key=lambda i: (not points[i].front, points[i].x)):
-        (x, y), length = centers[i], LETTER * len(points[i].label)
-        for dx, dy, anchor in (
-            (10, 4, "start"), (10, -9, "start"), (10, 17, "start"),
-            (-10, 4, "end"), (-10, -9, "end"), (-10, 17, "end"),
-            (0, -13, "middle"), (0, 22, "middle"),
-            (10, 31, "start"), (10, -23, "start"), (-10, 31, "end"), (-10, -23, "end"),
-        ):  # fmt: skip
+    order = sorted(range(len(points)), key=lambda i: (not points[i].front, points[i].x))
+    for x, y in dict.fromkeys(centers[i] for i in order):
+        text = ", ".join(named[x, y])
+        length = LETTER * len(text)
+        own = (x - 8, y - 8, x + 8, y + 8)
+        for dx, dy, anchor in PLACES:
             left = x + dx - {"start": 0, "end": length, "middle": length / 2}[anchor]
             box = (left, y + dy - 11, left + length, y + dy + 3)
             outside = box[0] < plane.left or box[2] > width or box[3] > plane.bottom or box[1] < 14
-            own = [b for j, b in enumerate(taken) if j != i]
-            if outside or any(_overlap(box, b) for b in own):
+            if outside or any(_overlap(box, other) for other in taken if other != own):
                 continue
             taken.append(box)
-            shapes.append(_text(x + dx, y + dy, points[i].label, f"label {anchor}"))
+            if abs(dy) > 22:
+                shapes.append(_line(x, y, x + 0.8 * dx, y + dy - (9 if dy > 0 else -4), "leader"))
+            shapes.append(_text(x + dx, y + dy, text, f"label {anchor}"))
             break
     return shapes
 
