@@ -14,8 +14,9 @@ import pytest
 from evaluations import STORED, energy, stored, whole
 
 from snnconv.report import comparison, html, markdown
+from snnconv.report.axes import log_ticks, ticks
 from snnconv.report.document import amount, joules
-from snnconv.report.figures import log_ticks, svg, ticks
+from snnconv.report.figures import svg
 from snnconv.report.reading import Report, read
 
 VOID = {"meta", "br", "link", "img"}

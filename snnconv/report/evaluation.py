@@ -125,7 +125,8 @@ def verdicts(e: dict[str, Any]) -> list[str]:
             "image by image)."
         )
     elif ann is not None:
-        found.append(f"{_lost('ANN', ann['top1_percent'] - snn)}.")
+        which = "ANN's stored accuracy" if ann.get("source") == "stored" else "ANN"
+        found.append(f"{_lost(which, ann['top1_percent'] - snn)}.")
     agreement, qann = e.get("agreement"), e.get("qann")
     if agreement is not None and agreement.get("counts_exact"):
         found.append("The spiking network ends exactly at its quantised ANN.")
@@ -164,8 +165,10 @@ def _measured(e: dict[str, Any], file: str) -> Section:
         steps += f" (the network was made for T {trained})"
     machine = [f"engine {e['engine']}"] if e.get("engine") else []
     machine += [e["device"]] if e.get("device") else []
-    machine += [f"{e['threads']} threads"] if e.get("threads") else []
+    if threads := e.get("threads"):
+        machine.append("1 thread" if threads == 1 else f"{threads} threads")
     took = e.get("wall_ms_per_image")
+    timed = "one pass" if e.get("engine") == "endpoint" else "the simulation alone"
     pairs = [
         ("network", e["model"]),
         ("checkpoint", e.get("checkpoint")),
@@ -175,7 +178,7 @@ def _measured(e: dict[str, Any], file: str) -> Section:
         ("run", run),
         ("seed", None if e.get("seed") is None else str(e["seed"])),
         ("machine", ", ".join(machine)),
-        ("time", None if took is None else f"{took:.1f} ms per image, the simulation alone"),
+        ("time", None if took is None else f"{took:.1f} ms per image, {timed}"),
         ("made", _made(e)),
         ("command", e.get("command")),
         ("report", file),

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from itertools import pairwise
 
+from snnconv.report.axes import Plane, draw_line, draw_text, log_ticks, ticks
 from snnconv.report.document import Bars, Curves, Figure, Point, Points, Stacks, amount
 
 WIDTHS = {"wide": 720, "narrow": 358}
@@ -44,7 +45,10 @@ def svg(figure: Figure, kind: str, name: str) -> str:
 def legend(figure: Figure) -> list[tuple[str, str]]:
     """List what the colors mean: `(name, color)`; an empty list where nothing needs it."""
     if isinstance(figure, Curves):
-        found = [(line.name, f"{line.color} line") for line in figure.lines]
+        found = [
+            (line.name, f"{line.color} {'dots' if line.dashed else 'line'}")
+            for line in figure.lines
+        ]
         return found + [(name, f"{color} level") for name, color, _ in figure.levels]
     if isinstance(figure, Stacks):
         return [(name, color) for name, color, _ in figure.series]
@@ -52,78 +56,6 @@ def legend(figure: Figure) -> list[tuple[str, str]]:
         return [(f"{name}", color) for name, color, _ in figure.rows[0][2]]
     groups = {p.group for p in figure.points}
     return [(group, f"{group} shape {shape}") for group, shape in SHAPES.items() if group in groups]
-
-
-def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Return round numbers (1, 2 or 5 times a power of ten apart) within a range."""
-    span = high - low
-    if span <= 0:
-        return [low]
-    raw = span / wanted
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Return 1, 2 and 5 times powers of ten within a range; fewer where it is long."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-    inside = [v for v in found if low <= v <= high]
-    return inside if len(inside) <= 7 else [v for v in inside if math.log10(v) % 1 < 1e-9]
-
-
-class _Plane:
-    """The axes of a figure: from values to places, and the lines that show them."""
-
-    def __init__(
-        self,
-        width: int,
-        height: int,
-        x: tuple[float, float],
-        y: tuple[float, float],
-        log_x: bool = False,
-    ) -> None:
-        self.left, self.right, self.top, self.bottom = 46, width - 14, 26, height - 42
-        self.x_range, self.y_range, self.log_x = x, y, log_x
-
-    def x(self, value: float) -> float:
-        low, high = self.x_range
-        if self.log_x:
-            low, high, value = math.log(low), math.log(high), math.log(value)
-        share = (value - low) / (high - low) if high > low else 0.5
-        return round(self.left + share * (self.right - self.left), 1)
-
-    def y(self, value: float) -> float:
-        low, high = self.y_range
-        share = (value - low) / (high - low) if high > low else 0.5
-        return round(self.bottom - share * (self.bottom - self.top), 1)
-
-    def axes(self, x_name: str, y_name: str, x_ticks: Sequence[float]) -> list[str]:
-        """Draw grid lines, tick labels and the names of both axes."""
-        shapes = [_text(0, 12, y_name, "axis")]
-        for value in ticks(*self.y_range):
-            y = self.y(value)
-            kind = "zero" if value == 0 else "grid"
-            shapes.append(_line(self.left, y, self.right, y, kind))
-            shapes.append(_text(self.left - 8, y + 4, _tick(value), "tick end"))
-        for value in x_ticks:
-            shapes.append(_text(self.x(value), self.bottom + 18, _tick(value), "tick middle"))
-        shapes.append(_text(self.right, self.bottom + 36, x_name, "axis end"))
-        return shapes
-
-
-def _tick(value: float) -> str:
-    return f"{value:,.10g}"
-
-
-def _text(x: float, y: float, text: str, kind: str) -> str:
-    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>'
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
-    return f'<line x1="{x1:g}" y1="{y1:g}" x2="{x2:g}" y2="{y2:g}" class="{kind}"/>'
 
 
 def _curves(figure: Curves, width: int) -> tuple[int, list[str]]:
@@ -135,21 +67,21 @@ def _curves(figure: Curves, width: int) -> tuple[int, list[str]]:
     low, high = min(ys), max(ys)
     step = 10 if high - low > 15 else 2 if high - low > 3 else 0.5
     bounds = math.floor(low / step) * step, min(100.0, (math.floor(high / step) + 1) * step)
-    plane = _Plane(width, height, (min(xs), max(xs)), bounds)
+    plane = Plane(width, height, (min(xs), max(xs)), bounds)
     marks = [v for v in ticks(min(xs), max(xs), 8 if width > 500 else 5) if v == int(v)]
     shapes = plane.axes(figure.x, figure.y, marks)
     for name, color, value in figure.levels:
         y = plane.y(value)
         shapes.append(
-            f"<g>{_line(plane.left, y, plane.right, y, f'level s-{color}')}"
+            f"<g>{draw_line(plane.left, y, plane.right, y, f'level s-{color}')}"
             f"<title>{escape(name)}</title></g>"
         )
     if figure.interval is not None:
         _, least, most = figure.interval
         x = plane.x(max(xs))
         for y in (plane.y(least), plane.y(most)):
-            shapes.append(_line(x - 5, y, x + 5, y, "whisker s-snn"))
-        shapes.append(_line(x, plane.y(least), x, plane.y(most), "whisker s-snn"))
+            shapes.append(draw_line(x - 5, y, x + 5, y, "whisker s-snn"))
+        shapes.append(draw_line(x, plane.y(least), x, plane.y(most), "whisker s-snn"))
     for line in figure.lines:
         path = " ".join(f"{plane.x(x):g},{plane.y(y):g}" for x, y in line.points)
         dash = " dashed" if line.dashed else ""
@@ -172,7 +104,7 @@ def _stacks(figure: Stacks, width: int) -> tuple[int, list[str]]:
     below = [sum(v for v in column if v < 0) for column in columns]
     top, bottom = max([*above, 1e-12]), min(below)
     marked = figure.marked is not None
-    plane = _Plane(width, height, (0.5, len(columns) + 0.5), (bottom * 1.05, top * 1.08))
+    plane = Plane(width, height, (0.5, len(columns) + 0.5), (bottom * 1.05, top * 1.08))
     if marked:
         plane.top += 14
     wanted = 10 if width > 500 else 6
@@ -205,7 +137,7 @@ def _stacks(figure: Stacks, width: int) -> tuple[int, list[str]]:
         anchor = "start" if x < width * 0.25 else "end" if x > width * 0.75 else "middle"
         shift = {"start": -5, "end": 5, "middle": 0}[anchor]
         shapes.append(f'<path d="M{x - 5:g} {y - 7:g}h10l-5 7z" class="f-ink"/>')
-        shapes.append(_text(x + shift, y - 12, figure.mark, f"label strong {anchor}"))
+        shapes.append(draw_text(x + shift, y - 12, figure.mark, f"label strong {anchor}"))
     return height, shapes
 
 
@@ -218,8 +150,8 @@ def _bars(figure: Bars, width: int) -> tuple[int, list[str]]:
     shapes: list[str] = []
     for i, (label, text, parts) in enumerate(figure.rows):
         y = i * row
-        shapes.append(_text(0, y + 14, label, "label strong" if i == 0 else "label"))
-        shapes.append(_text(width, y + 14, text, "label number end"))
+        shapes.append(draw_text(0, y + 14, label, "label strong" if i == 0 else "label"))
+        shapes.append(draw_text(width, y + 14, text, "label number end"))
         shapes.append(f'<rect x="0" y="{y + 21}" width="{width}" height="{thick}" class="track"/>')
         cut = broken and totals[i] == longest
         x = 0.0
@@ -251,7 +183,7 @@ def _points(figure: Points, width: int) -> tuple[int, list[str]]:
         x_range = (max(0.0, min(xs) - room), max(xs) + room)
     low, high = min(p.low for p in figure.points), max(p.high for p in figure.points)
     room = (high - low) * 0.08 or 1.0
-    plane = _Plane(width, height, x_range, (max(0.0, low - room), min(100.0, high + room)), log_x)
+    plane = Plane(width, height, x_range, (max(0.0, low - room), min(100.0, high + room)), log_x)
     wanted = 8 if width > 500 else 4
     marks = log_ticks(*x_range) if log_x else ticks(*x_range, wanted)
     shapes = plane.axes(figure.x + (" (logarithmic)" if log_x else ""), figure.y, marks)
@@ -260,7 +192,7 @@ def _points(figure: Points, width: int) -> tuple[int, list[str]]:
     shapes.append(f'<polyline points="{path}" class="front"/>')
     for p in figure.points:
         x = plane.x(p.x)
-        shapes.append(_line(x, plane.y(p.low), x, plane.y(p.high), f"whisker s-{_group(p)}"))
+        shapes.append(draw_line(x, plane.y(p.low), x, plane.y(p.high), f"whisker s-{_group(p)}"))
     labels = _labels(figure.points, plane, width)
     shapes += [_marker(plane.x(p.x), plane.y(p.y), p) for p in figure.points]
     return height, shapes + labels
@@ -283,7 +215,7 @@ def _marker(x: float, y: float, p: Point) -> str:
     return f'<path d="{shape}" class="marker {kind}"><title>{escape(told)}</title></path>'
 
 
-def _labels(points: Sequence[Point], plane: _Plane, width: int) -> list[str]:
+def _labels(points: Sequence[Point], plane: Plane, width: int) -> list[str]:
     """Put a label beside every point where there is room; those of the front come first."""
     centers = [(plane.x(p.x), plane.y(p.y)) for p in points]
     taken = [(x - 8, y - 8, x + 8, y + 8) for x, y in centers]
@@ -309,8 +241,10 @@ def _labels(points: Sequence[Point], plane: _Plane, width: int) -> list[str]:
                 continue
             taken.append(box)
             if abs(dy) > 22:
-                shapes.append(_line(x, y, x + 0.8 * dx, y + dy - (9 if dy > 0 else -4), "leader"))
-            shapes.append(_text(x + dx, y + dy, text, f"label {anchor}"))
+                shapes.append(
+                    draw_line(x, y, x + 0.8 * dx, y + dy - (9 if dy > 0 else -4), "leader")
+                )
+            shapes.append(draw_text(x + dx, y + dy, text, f"label {anchor}"))
             break
     return shapes
 
