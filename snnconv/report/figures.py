@@ -45,10 +45,8 @@ def svg(figure: Figure, kind: str, name: str) -> str:
 def legend(figure: Figure) -> list[tuple[str, str]]:
     """List what the colors mean: `(name, color)`; an empty list where nothing needs it."""
     if isinstance(figure, Curves):
-        found = [
-            (line.name, f"{line.color} {'dots' if line.dashed else 'line'}")
-            for line in figure.lines
-        ]
+        kinds = {True: "dots", False: "line"}
+        found = [(line.name, f"{line.color} {kinds[line.dashed]}") for line in figure.lines]
         return found + [(name, f"{color} level") for name, color, _ in figure.levels]
     if isinstance(figure, Stacks):
         return [(name, color) for name, color, _ in figure.series]
