@@ -81,6 +81,9 @@ SHOWN_STEPS = 12
     help="Count operations and energy, and with --ann say which layer is to blame.",
 )
 @click.option(
+    "--page/--no-page", default=True, show_default=True, help="Render the report as HTML, too."
+)
+@click.option(
     "--engine",
     type=click.Choice(["auto", "native", "counts", "reference", "endpoint"]),
     default="auto",
@@ -110,6 +113,7 @@ def command(
     ann: str | None,
     baselines: bool,
     statistics: bool,
+    page: bool,
     engine: str,
     output: Path | None,
     force: bool,
@@ -161,6 +165,7 @@ def command(
     from snnconv.data import choose_indices
     from snnconv.measure import evaluate, first_within
     from snnconv.normalize import with_settings
+    from snnconv.report import comparison, html, reading
 
     network = load_network(path)
     settings = {"neuron": neuron, "initial_membrane": initial_membrane}
@@ -181,6 +186,9 @@ def command(
     )
     own = {"schema": "snnconv.evaluation/1", "data": images.name, "seed": seed}
     report.require_writable(report_path, force, None if output else own)
+    page_path = report_path.with_suffix(".html")
+    if page:
+        report.require_writable(page_path, force or html.is_own(page_path))
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
         model = None if ann is None else load_ann(ann, network)
@@ -210,11 +218,14 @@ def command(
         evaluation |= measure_forwards(forwards, network, images, indices, place, progress)
     if distributed.is_leader():
         report.write(report_path, evaluation, console.arguments())
+        if page:
+            document = comparison.document([reading.read(report_path)])
+            report.write_text(page_path, html.render(document))
     if as_json:
         console.emit_json(evaluation)
         return
     _print(evaluation)
-    console.note(f"report: {report_path}", quiet)
+    console.note(f"report: {report_path}" + (f", {page_path}" if page else ""), quiet)
     options.note_unreadable(images.unreadable, quiet)
 
 

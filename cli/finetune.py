@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from snnconv.errors import UsageError, first_line
+from snnconv.files import SUFFIX, write_atomically
 
 from . import console, options
 
@@ -121,7 +122,7 @@ def command(
     where = options.require_data(data)
 
     from snnconv import __version__, report
-    from snnconv.checkpoint import SUFFIX, load_network, save_network, sha256
+    from snnconv.checkpoint import load_network, save_network, sha256
     from snnconv.finetune import FinetuneSettings, Finetuning
     from snnconv.normalize import with_settings
 
@@ -213,8 +214,6 @@ def _refuse_to_learn_the_test(train: ImageData, test: ImageData) -> None:
 def _save(tuning: Finetuning, state: Path, identity: dict[str, Any]) -> None:
     """Write what has been done so far."""
     import torch
-
-    from snnconv.checkpoint import write_atomically
 
     buffer = io.BytesIO()
     torch.save({"identity": identity, **tuning.state_dict()}, buffer)

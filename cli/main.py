@@ -30,6 +30,8 @@ from .options import (
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "Turn a pretrained network into a verified spiking one."),
     "eval": ("eval", "Measure a spiking checkpoint: accuracy at every step, spikes."),
+    "report": ("report", "Make a page of evaluations: figures, tables, comparison."),
+    "reproduce": ("reproduce", "Run a report's command again and compare the numbers."),
     "finetune": ("finetune", "Tune a spiking checkpoint for the end of its T steps."),
     "inspect": ("inspect", "Show what a spiking checkpoint holds, layer by layer."),
     "check": ("check", "Say whether a network can become spiking, and why not."),

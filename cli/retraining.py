@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from snnconv.errors import UsageError
+from snnconv.files import SUFFIX
 
 from . import console
 from .options import require_free
@@ -132,8 +133,6 @@ class TrainFiles:
     @classmethod
     def beside(cls, checkpoint: Path) -> TrainFiles:
         """Name the files of a checkpoint."""
-        from snnconv.checkpoint import SUFFIX
-
         stem = checkpoint.name.removesuffix(SUFFIX)
         return cls(
             checkpoint.with_name(f"{stem}.train.pt"), checkpoint.with_name(f"{stem}.metrics.jsonl")

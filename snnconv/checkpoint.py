@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 
 from snnconv.analog import FUNCTIONS
 from snnconv.errors import CheckpointError, UsageError, first_line
+from snnconv.files import write_atomically
 from snnconv.network import (
     Image,
     Island,
@@ -38,7 +37,6 @@ from snnconv.preprocess import Preprocessing
 from snnconv.schedule import SCHEDULES, check_timesteps
 
 FORMAT = 1
-SUFFIX = ".snn.safetensors"
 SETTINGS = (
     "timesteps",
     "schedule",
@@ -110,26 +108,6 @@ def _content_hash(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def write_atomically(path: Path, contents: bytes, *, replace: bool = True) -> None:
-    """Write a file beside its place and move it there when it is complete.
-
-    Without `replace` a file that has appeared meanwhile stays, and UsageError is raised.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(contents)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        if not replace and os.path.lexists(path):
-            raise UsageError(f"{path} has appeared meanwhile, from another run; it was kept")
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def load_network(path: Path) -> SpikingNetwork:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from snnconv import distributed
-from snnconv.checkpoint import write_atomically
 from snnconv.data import ImageData, choose_indices, default_batch
 from snnconv.data.augment import training_batches
 from snnconv.engine import prepare
 from snnconv.errors import DataError, SnnconvError, UsageError, first_line
+from snnconv.files import write_atomically
 from snnconv.graph import flatten_outputs
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize

@@ -1,4 +1,7 @@
-"""Reports: evaluations and conversions as JSON files."""
+"""Reports: JSON files of what was done and measured, and pages made of them.
+
+Nothing here imports torch or numpy: a report is read and rendered at once.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from snnconv.checkpoint import SUFFIX, write_atomically
 from snnconv.errors import UsageError
+from snnconv.files import SUFFIX, write_atomically
 
 
 def default_path(checkpoint: Path, kind: str, settings: Sequence[str] = ()) -> Path:
@@ -48,5 +51,9 @@ def write(path: Path, contents: dict[str, Any], command: Sequence[str]) -> None:
         "command": shlex.join(["snnconv", *command]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    text = json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, f"{text}\n".encode())
+    write_text(path, json.dumps(stamped, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text whole or not at all."""
+    write_atomically(path, text.encode())
