@@ -307,7 +307,7 @@ def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     if e["errors"] is not None and (mend := e["errors"]["mend"]) is not None:
-        rows.append(("mend first", f"{mend['layer']}: {mend['cause']}; {mend['suggestion']}"))
+        rows.append(("mend first", f"{mend['layer']}, {mend['cause']}. {mend['suggestion']}"))
     return rows
 
 

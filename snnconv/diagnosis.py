@@ -11,7 +11,7 @@ as, and with the clips they were learnt with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,11 +274,13 @@ def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:
 def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None:
     """Return the layer to mend first, the cause, its share of the loss in percent, and how.
 
-    The cause is the stage at which the outputs lose most. Of clipping, levels and weights the layer
-    is the one that, left in float alone, brings most of it back; of time the one at which the
-    error of counts grows most. None where there is nothing to gain.
+    The cause is the stage at which the outputs lose most; weights that were learnt for their levels
+    are one with these. Of time the layer is the one at which the error of counts grows most; else
+    the one that, left in float alone, brings most of the loss back. None where there is nothing to
+    gain.
     """
-    kl = diagnosis["output"]["kl"]
+    kl = dict(diagnosis["output"]["kl"])
+    learnt = kl.pop(OTHER_WEIGHTS, None) is not None
     losses = {s: e - b for (s, e), b in zip(kl.items(), [0.0, *kl.values()], strict=False)}
     cause = max(losses, key=lambda stage: losses[stage])
     if losses[cause] < NEGLIGIBLE:
@@ -290,7 +292,6 @@ def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None
         worst = max(range(len(rises)), key=rises.__getitem__)
         share = rises[worst] / max(sum(r for r in rises if r > 0), SETTLED)
         layer = diagnosis["layers"][worst]["layer"]
-        cause = TIME
     else:
         best = min(restored["layers"], key=lambda row: row["kl"])
         layer, share = best["layer"], 1 - best["kl"] / restored["kl"]
@@ -298,30 +299,27 @@ def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None
         "layer": layer,
         "cause": cause,
         "share_percent": 100 * max(share, 0.0),
-        "suggestion": ADVICE[cause](schedule),
+        "suggestion": _advice(cause, learnt, schedule),
     }
 
 
-def _advice_on_time(schedule: Schedule) -> str:
+def _advice(cause: str, learnt: bool, schedule: Schedule) -> str:
+    if cause == LEVELS:
+        more = f"More levels, a larger -T than {schedule.timesteps}"
+        return f"{more}, or longer retraining." if learnt else f"{more}, or retraining at this one."
+    if cause != TIME:
+        return ADVICE[cause]
     if schedule.exact:
-        return "give the network time: --drain auto, or neurons that may emit negative spikes"
+        return "Give counts the time to settle: --drain auto, and neurons that take spikes back."
     return (
-        "--schedule drain lets counts settle where the quantised ANN's are, for a few steps more; "
-        "at the same latency snnconv finetune --layerwise wins a part of it back"
+        "--schedule drain lets counts settle where the quantised ANN's are, a few steps later; at "
+        "the same latency snnconv finetune --layerwise wins a part of it back."
     )
 
 
-ADVICE: dict[str, Callable[[Schedule], str]] = {
-    CLIPPING: lambda _: (
-        "higher clips: calibrate on more images, or --calibration percentile; or "
-        "retrain, which learns them"
-    ),
-    LEVELS: lambda s: f"more levels: a larger -T than {s.timesteps}; or retrain at this one",
-    INTEGERS: lambda _: (
-        "weights of more bits (--weight-bits 8); or retrain, which rounds as it will be stored"
-    ),
-    OTHER_WEIGHTS: lambda _: (
-        "the weights that were learnt compute something else: retrain longer, or with --distill"
-    ),
-    TIME: _advice_on_time,
+ADVICE = {
+    CLIPPING: "Higher clips: calibrate on more images, or by --calibration percentile; or retrain, "
+    "which learns them.",
+    INTEGERS: "Weights of more bits (--weight-bits 8), or retraining, which rounds them as they "
+    "will be stored.",
 }

@@ -151,7 +151,11 @@ def _errors(names: list[str]) -> dict[str, Any]:
             "kl": dict(zip(STAGES, (0.01, 0.09, 0.092, 0.11), strict=True)),
             "agreement_percent": dict(zip(STAGES, (98.8, 93.0, 92.6, 92.0), strict=True)),
         },
-        "restored": [{"layer": name, "kl": 0.09 - 0.001 * i} for i, name in enumerate(names)],
+        "restored": {
+            "images": 64,
+            "kl": 0.1,
+            "layers": [{"layer": name, "kl": 0.09 - 0.001 * i} for i, name in enumerate(names)],
+        },
         "mend": {
             "layer": names[4],
             "cause": "levels",
