@@ -301,7 +301,7 @@ def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(
             (
                 "energy",
-                f"{ours / 1000:.2f} uJ per image, {ours / matched:.2f} of the quantised ANN of the "
+                f"{ours / 1000:.2f} µJ per image, {ours / matched:.2f} of the quantised ANN of the "
                 f"same bits, {ours / cost['qann_skipping_zeros_nj']:.2f} of one that skips zeros "
                 "(arithmetic)",
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def command(
 
     What it writes goes to a temporary folder. Times and paths are not compared, and neither are
     numbers that the older report does not hold. The exit code is 0 if all numbers are the same, 1
-    if not. -v lists every difference.
+    if not. -v lists every value.
     """
     from snnconv.report import difference, reading
 
@@ -157,15 +158,22 @@ def _contents(file: Path, arguments: list[str], found: Difference) -> dict[str, 
     }
 
 
+def _part(place: str) -> str:
+    """Name the part of a report that a value stands in."""
+    return re.split(r"[.\[]", place, maxsplit=1)[0]
+
+
 def _print(found: Difference, verbose: bool) -> None:
     changed: dict[str, list[Any]] = {}
     for change in found.changes:
         changed.setdefault(change.group, []).append(change)
-    rows = []
-    for group in dict.fromkeys([*found.same, *changed]):
-        if same := found.same.get(group):
-            rows.append((group, "same" if same == 1 else f"{same:,} same"))
-        differing = changed.get(group, [])
+    alike: dict[str, int] = {}
+    for group, same in found.same.items():
+        place = group if verbose else _part(group)
+        alike[place] = alike.get(place, 0) + same
+    rows = [(place, "same" if same == 1 else f"{same:,} same") for place, same in alike.items()]
+    for group in changed:
+        differing = changed[group]
         shown = differing if verbose else differing[:SHOWN]
         rows += [(c.place, f"{_short(c.old)} → {_short(c.new)}") for c in shown]
         if len(shown) < len(differing):

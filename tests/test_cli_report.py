@@ -96,15 +96,6 @@ def test_energies_are_computed_anew(
     assert json.loads(Path("a.eval.json").read_text(encoding="utf-8")) == e
 
 
-def test_without_the_computation_energies_stay(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "snnconv.energy", None)  # type: ignore[arg-type]
-    save("a.eval.json", whole())
-    assert run(["report", "--energy", "add_int8_pj=0.3", "-q"]) == 2
-    assert "cannot compute energies" in capsys.readouterr().err
-
-
 NOT_WHOLE = {"schema": "snnconv.evaluation/1", "model": "x", "images": "many"}
 
 
