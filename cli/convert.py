@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,7 @@ from click.core import ParameterSource
 from snnconv.errors import UsageError
 from snnconv.progress import silent
 
-from . import console, options
-from .ann import diagnosed
+from . import console, evaluation, options
 from .retraining import TrainFiles, TrainOptions, retrainer, train_options
 from .source import (
     NetworkOptions,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from snnconv.data import ImageData
     from snnconv.load import LoadedModel
+    from snnconv.network import SpikingNetwork
     from snnconv.pipeline import Conversion
 
 SAMPLE_IMAGES = 16
@@ -133,6 +134,12 @@ def parse_drain(text: str) -> int | None:
     help="Steps after the last input: until nothing fires, or N.",
 )
 @train_options
+@click.option(
+    "--evaluate/--no-evaluate",
+    default=True,
+    show_default=True,
+    help="Simulate the result on the test images, as snnconv eval --ann does.",
+)
 @options.output_option("Spiking checkpoint.  [default: NAME.snn.safetensors here]")
 @options.force_option
 @options.limit_option
@@ -158,6 +165,7 @@ def command(
     schedule: str,
     drain: str,
     training: TrainOptions,
+    evaluate: bool,
     output: Path | None,
     force: bool,
     limit: int | None,
@@ -173,7 +181,7 @@ def command(
     hf-hub:REPO or local-dir:DIR, and zoo:NAME a network of the zoo. The training split of the data
     calibrates and retrains; on the test split the accuracies are measured and stored (--limit N
     takes only N of its images). Data of one part are divided, and calibrate only. The result is
-    verified on a sample of images before it is written.
+    verified on a sample of images before it is written. Then the test images are simulated.
     """
     start = time.perf_counter()
     parsed_drain = parse_drain(drain)
@@ -221,7 +229,6 @@ def command(
     indices: Any = None
     accuracies: dict[str, Any] = {}
     after: dict[str, Any] | None = None
-    errors: dict[str, Any] | None = None
     if data is not None:
         count = 0 if calibration == "bn" else calibration_images
         train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
@@ -341,14 +348,13 @@ def command(
                 described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
             if retrain is not None:
                 accuracies = _measure_qann(conversion, test, chosen, place, progress)
-            if described["ann"] is not None:
-                made = conversion.network
-                errors = diagnosed(
-                    made, test, chosen, made.timetable(), loaded.model, place, progress
-                )
     spiking = with_settings(conversion.network, model=described)
     if not distributed.is_leader():
         return
+    evaluation_path = None
+    if evaluate and test is not None and described["ann"] is not None and processes == 1:
+        timetable = spiking.timetable()
+        evaluation_path = evaluation.default_path(path, spiking, timetable, "test", limit)
     checkpoint.save_network(spiking, path, replace=force)
     contents = {
         "schema": "snnconv.conversion/1",
@@ -372,7 +378,7 @@ def command(
         "retraining": files.described(spiking.provenance["retraining"]),
         "qann": accuracies.get("qann"),
         "qann_float": accuracies.get("qann_float"),
-        "errors": errors,
+        "evaluation": None if evaluation_path is None else evaluation_path.name,
         "preprocessing": loaded.preprocessing.to_dict(),
         "neurons": spiking.neurons,
         "depth": spiking.depth,
@@ -400,9 +406,69 @@ def command(
             console.note(
                 "no data given: nothing was measured, the accuracy is unknown; give --data", quiet
             )
+    if evaluation_path is not None:
+        _evaluate(
+            evaluation_path,
+            spiking,
+            test,
+            chosen,
+            loaded.model,
+            checkpoint=path.name,
+            command=[
+                *("eval", str(path), "--data", str(data), "--ann", source, "--seed", str(seed)),
+                *(("--limit", str(limit)) if limit else ()),
+                *("--device", device),
+            ],
+            device=place,
+            seed=seed,
+            force=force,
+            as_json=as_json,
+            quiet=quiet,
+        )
     for images_of in (train, test):
         if images_of is not None:
             options.note_unreadable(images_of.unreadable, quiet)
+
+
+def _evaluate(
+    path: Path,
+    network: SpikingNetwork,
+    test: ImageData | None,
+    chosen: Any,
+    model: torch.nn.Module,
+    *,
+    checkpoint: str,
+    command: Sequence[str],
+    device: str,
+    seed: int,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Evaluate what was converted on the test images, unless its report would replace another."""
+    drawn = {"seed": seed} if "--limit" in command else {}
+    try:
+        evaluation.require_writable(path, test, drawn, page=True, named=False, force=force)
+    except UsageError as error:
+        console.note(f"not evaluated: {error.message}", quiet)
+        return
+    with console.progress(quiet) as progress:
+        found = evaluation.evaluated(
+            network,
+            test,
+            chosen,
+            network.timetable(),
+            checkpoint=checkpoint,
+            model=model,
+            engine="auto",
+            device=device,
+            seed=seed,
+            statistics=True,
+            progress=progress,
+        )
+    evaluation.write(path, found, page=True, command=command)
+    if not as_json:
+        evaluation.show(path, found, page=True, quiet=quiet)
 
 
 def _given(name: str) -> bool:

@@ -10,12 +10,10 @@ from click.core import ParameterSource
 
 from snnconv.errors import UsageError
 
-from . import console, options
-from .ann import diagnosed, forwards_of, load_ann, measure_forwards, stored_ann
+from . import console, evaluation, options
+from .ann import load_ann
 from .baselines import compare
 from .convert import parse_drain
-
-SHOWN_STEPS = 12
 
 
 @options.command(
@@ -160,12 +158,10 @@ def command(
     path, named = options.spiking_checkpoint(checkpoint, quiet)
     where = options.require_data(data)
 
-    from snnconv import distributed, report
+    from snnconv import distributed
     from snnconv.checkpoint import load_network
     from snnconv.data import choose_indices
-    from snnconv.measure import evaluate, first_within
     from snnconv.normalize import with_settings
-    from snnconv.report import comparison, html, reading
 
     network = load_network(path)
     settings = {"neuron": neuron, "initial_membrane": initial_membrane}
@@ -181,51 +177,36 @@ def command(
         )
     place = options.resolve_device(device)
     images = options.open_for(network, where, split, quiet)
-    report_path = output or report.default_path(
-        named, "eval", _settings(network, timetable, split, limit)
+    report_path = output or evaluation.default_path(named, network, timetable, split, limit)
+    evaluation.require_writable(
+        report_path,
+        images,
+        {"seed": seed} if limit else {},
+        page=page,
+        named=output is not None,
+        force=force,
     )
-    own = {"schema": "snnconv.evaluation/1", "data": images.name, "seed": seed}
-    report.require_writable(report_path, force, None if output else own)
-    page_path = report_path.with_suffix(".html")
-    if page:
-        report.require_writable(page_path, force or html.is_own(page_path))
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
-        model = None if ann is None else load_ann(ann, network)
-        forwards = forwards_of(model, network, timetable.timesteps, place) if model else {}
-        evaluation = evaluate(
+        found = evaluation.evaluated(
             network,
             images,
             indices,
             timetable,
+            checkpoint=path.name,
+            model=None if ann is None else load_ann(ann, network),
             engine=engine,
             device=place,
             seed=seed,
-            ann=forwards.pop("ann", None),
             statistics=statistics,
             progress=progress,
         )
-        evaluation["checkpoint"] = path.name
-        if ann is None:
-            evaluation["ann"] = stored_ann(network, images)
-        if evaluation["by_step"] is not None and evaluation["ann"] is not None:
-            wanted = evaluation["ann"]["top1_percent"]
-            evaluation["first_within"]["ann"] = first_within(evaluation["by_step"], wanted)
-        if statistics and evaluation["by_step"] is not None:
-            evaluation["errors"] = diagnosed(
-                network, images, indices, timetable, model, place, progress
-            )
-        evaluation |= measure_forwards(forwards, network, images, indices, place, progress)
     if distributed.is_leader():
-        report.write(report_path, evaluation, console.arguments())
-        if page:
-            document = comparison.document([reading.read(report_path)])
-            report.write_text(page_path, html.render(document))
+        evaluation.write(report_path, found, page=page)
     if as_json:
-        console.emit_json(evaluation)
+        console.emit_json(found)
         return
-    _print(evaluation)
-    console.note(f"report: {report_path}" + (f", {page_path}" if page else ""), quiet)
+    evaluation.show(report_path, found, page=page, quiet=quiet)
     options.note_unreadable(images.unreadable, quiet)
 
 
@@ -241,102 +222,3 @@ def _refuse_with_baselines() -> None:
         raise UsageError(
             f"--baselines runs every way there is; {', '.join(useless)} would do nothing"
         )
-
-
-def _settings(network: Any, timetable: Any, split: str, limit: int | None) -> list[str]:
-    """Name what tells one evaluation of a checkpoint from another."""
-    schedule = timetable.name
-    if schedule == "stagger" and timetable.stagger != 1:
-        schedule += str(timetable.stagger)
-    if timetable.name in ("drain", "stagger") and timetable.drain is not None:
-        schedule += f"-{timetable.drain}"
-    parts = [f"T{timetable.timesteps}", schedule, network.neuron]
-    parts += ["zero"] if network.initial_membrane == "zero" else []
-    parts += [split] if split != "test" else []
-    return parts + ([f"limit{limit}"] if limit else [])
-
-
-def _print(e: dict[str, Any]) -> None:
-    low, high = e["snn"]["interval95_percent"]
-    some = f"{e['images']} {e['split']} images" + (" (a part of them)" if e["partial"] else "")
-    rows = []
-    if e["ann"] is not None:
-        of = f", stored, {e['ann']['images']} images" if e["ann"]["source"] == "stored" else ""
-        rows.append(("ANN top-1", f"{e['ann']['top1_percent']:.2f} %{of}"))
-    if e["drop"] is not None:
-        least, most = e["drop"]["interval95_percent"]
-        lost = (
-            f"{e['drop']['percent']:.2f} points, {least:.2f} to {most:.2f} at 95 %, image by image"
-        )
-        rows.append(("drop from the ANN", lost))
-    if e["qann_float"] is not None:
-        rows.append(("float QANN top-1", f"{e['qann_float']['top1_percent']:.2f} %"))
-    rows += [
-        ("quantised ANN top-1", f"{e['qann']['top1_percent']:.2f} %"),
-        ("SNN top-1", f"{e['snn']['top1_percent']:.2f} % ({low:.2f} to {high:.2f} at 95 %)"),
-    ]
-    if e["snn_by_count"] is not None:
-        by_count = e["snn_by_count"]["top1_percent"]
-        rows.append(("  by spike count", f"{by_count:.2f} %, as neurons in the readout would fire"))
-    if e["by_step"] is not None:
-        rows += _course(e)
-    rows += _verdicts(e)
-    rows.append(
-        ("time", f"{e['wall_ms_per_image']:.1f} ms per image, {e['engine']}, {e['device']}")
-    )
-    title = f"{e['model']}, T {e['timesteps']}, {e['schedule']}, {e['neuron']}: {some}"
-    console.print_table(title, ["", "measured"], rows)
-    if e["by_step"] is not None:
-        steps = _thinned(e["by_step"])
-        reached = ["–" if s["top1_percent"] is None else f"{s['top1_percent']:.2f}" for s in steps]
-        columns = ["step", *(str(s["step"]) for s in steps)]
-        console.print_table(None, columns, [("top-1 %", *reached)])
-
-
-def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of what it costs, and what to mend."""
-    rows = []
-    if (cost := e["energy"]) is not None:
-        ours, matched = cost["snn_nj"]["total"], cost["qann_nj"]
-        rows.append(
-            (
-                "energy",
-                f"{ours / 1000:.2f} µJ per image, {ours / matched:.2f} of the quantised ANN of the "
-                f"same bits, {ours / cost['qann_skipping_zeros_nj']:.2f} of one that skips zeros "
-                "(arithmetic)",
-            )
-        )
-    if e["errors"] is not None and (mend := e["errors"]["mend"]) is not None:
-        rows.append(("mend first", f"{mend['layer']}, {mend['cause']}. {mend['suggestion']}"))
-    return rows
-
-
-def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return rows of what the simulation told."""
-    drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
-    return [
-        (
-            "agreement",
-            f"{agreement['argmax_percent']:.2f} % of arg-maxes, "
-            f"{agreement['counts_percent']:.4g} % of counts"
-            + (", exact" if agreement["counts_exact"] else ""),
-        ),
-        (
-            "latency",
-            f"{e['latency_steps']} steps ({e['latency_steps_clocked']} with one step per hop); "
-            f"drain {drain['max']} at most, {drain['mean']:.1f} on average",
-        ),
-        (
-            "spikes",
-            f"{spikes['per_neuron']:.3f} per neuron, {spikes['negative_percent']:.1f} % negative, "
-            f"{spikes['over_minimum']:.2f}x the minimum",
-        ),
-    ]
-
-
-def _thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Keep a dozen steps, the first and the last among them."""
-    if len(steps) <= SHOWN_STEPS:
-        return steps
-    last = len(steps) - 1
-    return [steps[round(i * last / (SHOWN_STEPS - 1))] for i in range(SHOWN_STEPS)]

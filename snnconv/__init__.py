@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from snnconv.checkpoint import load_network as load_network
     from snnconv.checkpoint import save_network as save_network
     from snnconv.data import open_data as open_data
+    from snnconv.diagnosis import diagnose as diagnose
     from snnconv.engine import endpoint as endpoint
     from snnconv.engine import prepare as prepare
     from snnconv.engine import simulate as simulate
@@ -55,6 +56,7 @@ _PUBLIC = {
     "tune": "snnconv.finetune",
     "FinetuneSettings": "snnconv.finetune",
     "evaluate": "snnconv.measure",
+    "diagnose": "snnconv.diagnosis",
 }
 
 __all__ = ["__version__", *_PUBLIC]
