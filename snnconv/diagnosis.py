@@ -141,7 +141,8 @@ class _Chain:
         self.layers: list[Layer] = []
         if ann is not None:
             self.ann = float_qann(ann, network).to(device)
-            self.integers = network_qann(self.ann, network, schedule.timesteps).float()
+            integers = network_qann(self.ann, network, schedule.timesteps)
+            self.integers = integers.float().to(device)
             self.layers = list(self.integers.populations())
         self.other_weights = _has_other_weights(network)
 

@@ -195,9 +195,9 @@ def network_qann(qann: Qann, network: SpikingNetwork, timesteps: int) -> Qann:
 
     Quantised to T levels it computes the network's own end point.
 
-    It computes in float64; its images are those of `Preprocessing.center`.
+    It computes in float64, on the CPU; its images are those of `Preprocessing.center`.
     """
-    copied = copy.deepcopy(qann).double()
+    copied = copy.deepcopy(qann).cpu().double()
     values = spike_values(copied, network.preprocessing)
     nodes = [n for n in network.nodes if isinstance(n, Population | Readout)]
     for layer, node in zip(copied.weighted(), nodes, strict=True):

@@ -44,8 +44,9 @@ def require_equal(
     )
     for options in schedules:
         schedule = network.timetable(timesteps, **options)
-        found = engine.simulate(pixels.cuda(), schedule).to("cpu")
-        assert not differences(found, truth.simulate(pixels, schedule)), options
+        found = engine.simulate(pixels.cuda(), schedule, events=True).to("cpu")
+        wanted = truth.simulate(pixels, schedule, events=True)
+        assert not differences(found, wanted), options
     end, expected = engine.endpoint(pixels.cuda()), truth.endpoint(pixels)
     for what in ("counts", "charges"):
         for key, value in getattr(expected, what).items():
