@@ -194,3 +194,20 @@ def test_counts_that_are_no_bytes_are_convolved_by_how_they_move(name: str, neur
         b is not None and not w for c in charges for b, w in zip(c.in_bytes, c.whole, strict=True)
     ]
     assert any(apart) or not bytes_multiply(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("steps", [2, 128, 255, 256, 600])
+def test_counts_beyond_a_byte_are_convolved_by_their_moves(steps: int) -> None:
+    net = network("residual", timesteps=700)
+    engine = counts.Engine(net, 700)
+    (node,) = (p for p in net.populations if p.name == "relu_1")
+    (synapse,) = node.branches
+    draw = torch.Generator().manual_seed(steps)
+    moves = torch.randint(-1, 2, (steps, 2, *net.populations[0].shape), generator=draw)
+    course = (350 + moves.cumsum(0)).clamp(0, 700)
+    weight = synapse.weight.double()
+    padding = synapse.attributes["padding"][0]
+    expected = torch.nn.functional.conv2d(course.flatten(0, 1).double(), weight, padding=padding)
+    expected = expected * torch.exp2(synapse.shift.double()).view(-1, 1, 1)
+    found = engine.charge(node).current(0, course.short())
+    assert torch.equal(found.flatten(0, 1).double(), expected)
