@@ -157,10 +157,19 @@ def _gpu(rows: list[Row]) -> str:
 
 def _evaluation(rows: list[Row]) -> str:
     found = _load("evaluation.json")
+    head = ["schedule", "evaluation, times the engine", "statistics, % of the engine"]
+    body = [
+        [
+            row["schedule"],
+            _number(row, "ratio_to_engine"),
+            _number(row, "statistics_percent_of_engine", ".0f"),
+        ]
+        for row in found["rows"]
+    ]
     return (
-        f"On {found['images']:,} images with {found['network']} at T = {found['timesteps']}, "
-        f"`snnconv eval` takes {found['ratio_to_engine']:.2f} times as long as its "
-        f"{found['engine']} engine alone.\n"
+        f"{found['images']:,} images, {found['network']} at T = {found['timesteps']}, simulation "
+        f"and end point by the {found['engine']} engine. Rendering the page takes "
+        f"{found['rendering_seconds']:.3f} s.\n\n{_table(head, body)}"
     )
 
 

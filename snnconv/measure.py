@@ -244,10 +244,10 @@ class _Tally:
                 self._add_counts(p, found, wanted, course.schedule.timesteps, equal)
         if course.events is not None:
             for node in self.network.eventful:
-                integers = end.counts[node.name]
+                integers = end.counts[node.name].cpu().numpy()
                 for sums, more in (
                     (self.events, course.events[node.name].cpu()),
-                    (self.nonzero, total(integers != 0).cpu()),
+                    (self.nonzero, total(torch.from_numpy(integers != 0))),
                 ):
                     sums[node.name] = sums.get(node.name, 0) + more
         return final
