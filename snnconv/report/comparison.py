@@ -187,7 +187,9 @@ def _table(reports: Sequence[Report], compared: Sequence[dict[str, Any]]) -> Tab
         Column("front", "Not beaten: in energy (E), in latency (L).", number=False),
     ]
     cells = []
-    several = len({r.contents.get("checkpoint") for r in reports}) > 1
+    # Of one network for every T the run tells which.
+    networks = {(r.contents["timesteps"], r.contents.get("checkpoint")) for r in reports}
+    several = len(networks) > len({timesteps for timesteps, _ in networks})
     for report, row in zip(reports, compared, strict=True):
         low, high = row["interval95_percent"]
         stored = (report.contents.get("ann") or {}).get("source") == "stored"
