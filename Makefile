@@ -23,7 +23,7 @@ $(STAMP): setup.cfg pyproject.toml setup.py $(KERNELS)
 
 demo: $(STAMP) ## set up .venv, convert the embedded digits network and evaluate it
 	mkdir -p demo
-	$(BIN)/snnconv convert zoo:digits --data zoo:digits --output $(DEMO) --force
+	$(BIN)/snnconv convert zoo:digits --data zoo:digits --no-evaluate --output $(DEMO) --force
 	$(BIN)/snnconv eval $(DEMO) --data zoo:digits
 
 test: $(STAMP) ## run the default tests
