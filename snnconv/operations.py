@@ -315,6 +315,8 @@ def _flatten(inputs: Any, shape: tuple[int, ...], start: int, end: int) -> Opera
     axes = len(shape) + 1
     if start % axes == 1 and end % axes == axes - 1:
         return Operation("flatten", inputs)
+    if start % axes == 2 and end % axes == axes - 1:
+        return unsupported("pixels become a sequence of tokens", NO_TOKENS)
     return unsupported(f"flatten from axis {start} to {end}", "flatten all axes but the batch")
 
 
@@ -451,6 +453,8 @@ def _function(
     if name == "reshape":
         if traced.shapes[node.name] == (math.prod(shape),):
             return Operation("flatten", inputs)
+        if len(traced.shapes[node.name]) < len(shape) == 3:
+            return unsupported("pixels become a sequence of tokens", NO_TOKENS)
         return unsupported("a reshape other than flattening all axes but the batch")
     if name == "pad":
         return _pad(inputs, shape, list(arg(1, "pad")), arg(2, "mode", "constant"), arg(3, "value"))

@@ -102,6 +102,11 @@ def test_there_is_one_neuron_per_activation_call(name: str) -> None:
         (lambda x: x.clamp(-1, 2), "clamp"),
         (lambda x: F.scaled_dot_product_attention(x, x, x), "attention over tokens"),
         (lambda x: x.softmax(0), "softmax"),
+        (lambda x: x.flatten(2).reshape(-1, 4, 12, 12), "pixels become a sequence of tokens"),
+        (
+            lambda x: x.reshape(-1, 4, 144).reshape(-1, 4, 12, 12),
+            "tokens; attention over tokens is not converted: choose a network of convolutions",
+        ),
         (Mixing(), "choose the network with plain convolutions"),
     ],
 )
