@@ -120,7 +120,8 @@ def diagnose(
             "layers": [{"layer": paths[name], "kl": kl} for name, kl in restored.items()],
         },
     }
-    return {**diagnosis, "mend": mend(diagnosis, schedule)}
+    retrained = bool(network.provenance.get("retraining"))
+    return {**diagnosis, "mend": mend(diagnosis, schedule, retrained)}
 
 
 class _Chain:
@@ -272,7 +273,9 @@ def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:
     }
 
 
-def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None:
+def mend(
+    diagnosis: dict[str, Any], schedule: Schedule, retrained: bool = False
+) -> dict[str, Any] | None:
     """Return the layer to mend first, the cause, its share of the loss in percent, and how.
 
     The cause is the stage at which the outputs lose most; weights that were learnt for their levels
@@ -281,7 +284,7 @@ def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None
     gain.
     """
     kl = dict(diagnosis["output"]["kl"])
-    learnt = kl.pop(OTHER_WEIGHTS, None) is not None
+    kl.pop(OTHER_WEIGHTS, None)
     losses = {s: e - b for (s, e), b in zip(kl.items(), [0.0, *kl.values()], strict=False)}
     cause = max(losses, key=lambda stage: losses[stage])
     if losses[cause] < NEGLIGIBLE:
@@ -300,14 +303,16 @@ def mend(diagnosis: dict[str, Any], schedule: Schedule) -> dict[str, Any] | None
         "layer": layer,
         "cause": cause,
         "share_percent": 100 * max(share, 0.0),
-        "suggestion": _advice(cause, learnt, schedule),
+        "suggestion": _advice(cause, retrained, schedule),
     }
 
 
-def _advice(cause: str, learnt: bool, schedule: Schedule) -> str:
+def _advice(cause: str, retrained: bool, schedule: Schedule) -> str:
     if cause == LEVELS:
         more = f"More levels, a larger -T than {schedule.timesteps}"
-        return f"{more}, or longer retraining." if learnt else f"{more}, or retraining at this one."
+        return (
+            f"{more}, or longer retraining." if retrained else f"{more}, or retraining at this one."
+        )
     if cause != TIME:
         return ADVICE[cause]
     if schedule.exact:
