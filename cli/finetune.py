@@ -255,7 +255,15 @@ def _line(result: LayerResult | EpochResult) -> str:
     if result.kl_before is not None:
         divergence = f", KL {result.kl_before:.4f} to {result.kl_after:.4f}"
     became = "kept" if result.accepted else "taken back"
+    if _unchanged(asdict(result)):
+        became = "unchanged"
     return f"{result.layer}: {error}{divergence}, {became}"
+
+
+def _unchanged(layer: dict[str, Any]) -> bool:
+    """Return whether tuning has moved no integer of a layer, as far as its spikes tell."""
+    same = layer["error_before"] == layer["error_after"]
+    return same and bool(layer["kl_before"] == layer["kl_after"])
 
 
 def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
@@ -267,7 +275,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
                 "–" if layer[key] is None else f"{layer[key]:.4f}"
                 for key in ("kl_before", "kl_after")
             ),
-            "yes" if layer["accepted"] else "no",
+            "unchanged" if _unchanged(layer) else "yes" if layer["accepted"] else "no",
         )
         for layer in contents["layers"]
     ]
@@ -299,5 +307,13 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
                 f"{before['argmax_percent']:.2f} % before, {after['argmax_percent']:.2f} % now",
             )
         ]
+    if contents["layers"] and all(map(_unchanged, contents["layers"])):
+        rows.append(
+            (
+                "nothing was learnt",
+                f"{images['layers']} images are too few steps to move an integer: give more "
+                "--images, --epochs-per-layer, or a larger --lr",
+            )
+        )
     rows += [("checkpoint", str(path)), ("report", str(report_path))]
     console.print_table(None, ["", "fine-tuned"], rows)

@@ -386,3 +386,15 @@ def test_refusals(
     err = capsys.readouterr().err
     assert says in err and "Traceback" not in err
     assert found == code
+
+
+def test_a_tuning_too_short_to_move_an_integer_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    short = ["--images", "40", "--epochs-per-layer", "1", "--lr", "0.001", "-q"]
+    assert run(["finetune", "--layerwise", "--data", "zoo:digits", *short]) == 0
+    out = capsys.readouterr().out
+    assert "nothing was learnt" in out and "unchanged" in out
+    parent, tuned = (load_network(Path(f"digits{x}.snn.safetensors")) for x in ("", ".tuned"))
+    assert changed(parent, tuned) == set()
