@@ -260,7 +260,7 @@ def _divergence(reference: Tensor, logits: Tensor) -> float:
 
 def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:
     """Return one layer's errors, relative to the reference's square."""
-    square = max(sums.squares[name], torch.finfo(torch.float64).tiny)
+    square = sums.squares[name] or 1.0  # of a layer that is silent the errors are absolute
     cumulative = {stage: errors[name] / square for stage, errors in sums.errors.items()}
     before = [0.0, *cumulative.values()]
     last = before[-1]
@@ -283,6 +283,8 @@ def mend(
     the one that, left in float alone, brings most of the loss back. None where there is nothing to
     gain.
     """
+    if not diagnosis["layers"]:
+        return None
     kl = dict(diagnosis["output"]["kl"])
     kl.pop(OTHER_WEIGHTS, None)
     losses = {s: e - b for (s, e), b in zip(kl.items(), [0.0, *kl.values()], strict=False)}
@@ -316,7 +318,12 @@ def _advice(cause: str, retrained: bool, schedule: Schedule) -> str:
     if cause != TIME:
         return ADVICE[cause]
     if schedule.exact:
-        return "Give counts the time to settle: --drain auto, and neurons that take spikes back."
+        return "Neurons that take spikes back: --neuron signed."
+    if schedule.name != "paper":
+        return (
+            "Give counts the time to settle: --drain auto, and neurons that take spikes back "
+            "(--neuron signed)."
+        )
     return (
         "--schedule drain lets counts settle where the quantised ANN's are, a few steps later; at "
         "the same latency snnconv finetune --layerwise wins a part of it back."
