@@ -259,13 +259,12 @@ class _Tally:
         largest = np.abs(found) if p.two_sided else found
         saturated = int(np.count_nonzero(largest == timesteps))
         zero = found.size - int(np.count_nonzero(found))
-        off = squares = 0
-        if equal < found.size:
+        # A part of the images tells it as well, and costs no time.
+        exact, found, wanted = equal == found.size, found[::EVERY], wanted[::EVERY]
+        off, squares = 0, _squares(wanted)
+        if not exact:
             signed = np.int8 if timesteps <= np.iinfo(np.int8).max // 2 else np.int16
-            # A part of the images tells it as well, and costs no time.
-            found, wanted = found[::EVERY], wanted[::EVERY]
             off = _squares(np.subtract(found, wanted, dtype=signed, casting="unsafe"))
-            squares = _squares(wanted)
         for sums, more in (
             (self.saturated, saturated),
             (self.zero, zero),
@@ -356,7 +355,7 @@ def evaluate(
     # What maps like max-pooling end at is asked for only where there are such.
     maps = statistics and len(network.eventful) > len(network.populations)
     seconds = 0.0
-    batch = max(1, min(BATCH, BATCH_NEURONS // network.neurons))
+    batch = max(1, min(BATCH, BATCH_NEURONS // max(network.neurons, 1)))
     for pixels, labels in _shared_batches(data, network.preprocessing, indices, batch):
         pixels = pixels.to(device)
         start = time.perf_counter()

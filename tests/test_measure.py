@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import click
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from networks import PREPROCESSING, converted, images
+from torch import nn
 
 from snnconv.checkpoint import sha256
 from snnconv.cli.eval import command as eval_command
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
-from snnconv.engine import ENDPOINT, ENGINES, endpoint, simulate
+from snnconv.diagnosis import diagnose
+from snnconv.engine import ENDPOINT, ENGINES, endpoint, prepare, simulate
 from snnconv.errors import DataError, UsageError
 from snnconv.measure import (
     COMPARED,
@@ -28,6 +31,7 @@ from snnconv.measure import (
     top1_percents,
     wilson_interval,
 )
+from snnconv.pipeline import convert
 from snnconv.workload import fan_out
 
 COUNT = 24
@@ -286,6 +290,34 @@ def test_statistics_are_those_of_the_reference(schedule: str) -> None:
     without = evaluate(network, data(), np.arange(COUNT), timetable)
     assert without["operations"] is without["energy"] is None
     assert "rate_percent" not in without["layers"][0]
+
+
+def test_sequential_errors_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = converted("residual", timesteps=3).network
+    monkeypatch.setattr("snnconv.measure.EVERY", 1)
+    # Every image of one color: on some of them, layers end where the quantised ANN does.
+    colors = np.broadcast_to(
+        np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3)
+    )
+    plain = from_arrays("plain", "test", 11 * colors, np.zeros(COUNT, dtype=np.int64))
+    errors = []
+    for size in (COUNT, 1):
+        monkeypatch.setattr("snnconv.measure.BATCH", size)
+        timetable = network.timetable(name="paper")
+        found = evaluate(network, plain, np.arange(COUNT), timetable, statistics=True)
+        errors.append([row["sequential_error"] for row in found["layers"]])
+    assert errors[0] == errors[1] and any(errors[0])
+
+
+def test_a_network_without_neurons_is_evaluated() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(PREPROCESSING.input_size), 5)).eval()
+    network = convert(model, PREPROCESSING, [images(8, 1)], timesteps=3).network
+    timetable = network.timetable()
+    found = evaluate(network, data(), np.arange(COUNT), timetable, statistics=True)
+    assert found["agreement"]["counts_exact"] and found["layers"] == []
+    assert found["energy"]["break_even"] is None
+    runner = prepare(network, 3)
+    assert diagnose(network, runner, images(8, 4), timetable, model)["mend"] is None
 
 
 def test_operations_behind_a_max_pool_are_those_of_its_own_events() -> None:
