@@ -97,7 +97,7 @@ def facts(e: dict[str, Any]) -> list[Fact]:
         )
     if (energy := e.get("energy")) is not None:
         total = energy["snn_nj"]["total"]
-        note = f"{total / energy['qann_nj']:.2f} times the quantised ANN's, an estimate"
+        note = f"{costs.times(total, energy['qann_nj'])} the quantised ANN's, an estimate"
         found.append(Fact("energy.snn_nj.total", "Energy per image", joules(total), total, note))
     return found
 
