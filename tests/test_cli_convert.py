@@ -409,3 +409,14 @@ def test_activations_are_replaced_in_a_copy() -> None:
     changed, found = replace_activations(act)
     assert found == {"GammaAct of silu": 1}
     assert changed(torch.tensor([-1.0, 2.0])).tolist() == [0, 3] and act.act_fn is F.silu
+
+
+def test_a_conversion_names_no_evaluation_that_is_not_its_own() -> None:
+    theirs = Path("digits.T7-drain-signed-limit40.eval.json")
+    theirs.write_text("notes")
+    assert convert() == 0
+    assert theirs.read_text() == "notes"
+    assert json.loads(Path("digits.convert.json").read_text())["evaluation"] is None
+    assert convert("--force") == 0
+    assert json.loads(Path("digits.convert.json").read_text())["evaluation"] == theirs.name
+    assert json.loads(theirs.read_text())["checkpoint"] == "digits.snn.safetensors"
