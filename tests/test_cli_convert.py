@@ -365,6 +365,9 @@ def test_eval_does_not_overwrite_what_is_not_its_own(
     assert convert() == 0
     base = ["eval", "--data", "zoo:digits", "--limit", "9", "-q"]
     assert run(base) == run(base) == 0
+    # Which checkpoint was the newest is stated.
+    report = json.loads(Path("digits.T7-drain-signed-limit9.eval.json").read_text())
+    assert report["command"].endswith("-q digits.snn.safetensors")
     Path("mine.json").write_text("{}")
     assert run([*base, "-o", "mine.json"]) == 2
     assert Path("mine.json").read_text() == "{}"
