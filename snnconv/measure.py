@@ -339,7 +339,7 @@ def evaluate(
     UsageError if the network is no classifier or does not end at its end point under the schedule,
     DataError if the data do not fit it.
     """
-    readout = _logits(network)
+    readout = classes(network)
     simulated = engine != ENDPOINT
     if not simulated and not (
         schedule.exact and (network.neuron == "signed" or schedule.name == "wait")
@@ -570,7 +570,7 @@ def _latency(schedule: Schedule, tally: _Tally) -> int:
     return schedule.steps_before_drain + max(int(d.max()) for d in tally.drains)
 
 
-def _logits(network: SpikingNetwork) -> Readout:
+def classes(network: SpikingNetwork) -> Readout:
     """Return a classifier's one output. Raises UsageError for other networks."""
     if network.logits is None:
         shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in network.readouts)

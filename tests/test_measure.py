@@ -13,6 +13,7 @@ from networks import PREPROCESSING, converted, images
 from torch import nn
 
 from snnconv.checkpoint import sha256
+from snnconv.cli.ann import forwards_of
 from snnconv.cli.eval import command as eval_command
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
@@ -178,6 +179,8 @@ def test_what_does_not_fit_is_refused() -> None:
     two = converted("two_outputs").network
     with pytest.raises(UsageError, match="no classifier"):
         evaluate(two, data(), np.arange(4), two.timetable())
+    with pytest.raises(UsageError, match="no classifier"):
+        forwards_of(nn.Identity(), two, 3, "cpu")
 
 
 def test_a_comparison_has_what_single_evaluations_have() -> None:
