@@ -179,6 +179,8 @@ def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
     """Return rows of what the simulation told."""
+    from snnconv.report.document import in_steps
+
     drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
     return [
         (
@@ -189,7 +191,8 @@ def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "latency",
-            f"{e['latency_steps']} steps ({e['latency_steps_clocked']} with one step per hop); "
+            f"{in_steps(e['latency_steps'])} ({e['latency_steps_clocked']} with one step per "
+            "layer); "
             f"drain {drain['max']} at most, {drain['mean']:.1f} on average",
         ),
         (
