@@ -153,9 +153,12 @@ def _shared_batches(
 def spread_images(
     data: ImageData, preprocessing: Preprocessing, indices: np.ndarray, count: int
 ) -> Tensor:
-    """Load at most `count` images, spread evenly over `indices`: uint8 `[N, C, H, W]`."""
+    """Load at most `count` images, spread evenly over `indices`: uint8 `[N, C, H, W]`.
+
+    So many of them may be unreadable as of all `indices`.
+    """
     chosen = indices[:: -(-len(indices) // count)]
-    batches = data.batches(preprocessing, chosen, default_batch(preprocessing))
+    batches = data.batches(preprocessing, chosen, default_batch(preprocessing), asked=len(indices))
     return torch.cat([pixels for pixels, _ in batches])
 
 

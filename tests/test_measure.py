@@ -17,6 +17,7 @@ from snnconv.cli.ann import forwards_of
 from snnconv.cli.eval import command as eval_command
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
+from snnconv.data.images import UnreadableImage
 from snnconv.diagnosis import diagnose
 from snnconv.engine import ENDPOINT, ENGINES, endpoint, prepare, simulate
 from snnconv.errors import DataError, UsageError
@@ -29,10 +30,12 @@ from snnconv.measure import (
     evaluate,
     first_within,
     paired_drop,
+    spread_images,
     top1_percents,
     wilson_interval,
 )
 from snnconv.pipeline import convert
+from snnconv.preprocess import Preprocessing
 from snnconv.workload import fan_out
 
 COUNT = 24
@@ -321,6 +324,21 @@ def test_a_network_without_neurons_is_evaluated() -> None:
     assert found["energy"]["break_even"] is None
     runner = prepare(network, 3)
     assert diagnose(network, runner, images(8, 4), timetable, model)["mend"] is None
+
+
+def test_as_many_of_spread_images_may_be_unreadable_as_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = from_arrays("black", "test", np.zeros((400, 12, 12, 3), np.uint8), np.zeros(400, int))
+    whole = many.images.pixels
+
+    def pixels(index: int, preprocessing: Preprocessing) -> np.ndarray:
+        if index in (0, 4, 8):
+            raise UnreadableImage(f"{index}.png")
+        return whole(index, preprocessing)
+
+    monkeypatch.setattr(many.images, "pixels", pixels)
+    assert len(spread_images(many, PREPROCESSING, np.arange(400), 200)) == 197
 
 
 def test_operations_behind_a_max_pool_are_those_of_its_own_events() -> None:
