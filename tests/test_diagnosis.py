@@ -12,7 +12,16 @@ from networks import NETWORKS, PREPROCESSING, build, converted, images
 from torch import nn
 
 from snnconv.calibrate import calibrate_
-from snnconv.diagnosis import CLIPPING, INTEGERS, LEVELS, OTHER_WEIGHTS, TIME, diagnose, mend
+from snnconv.diagnosis import (
+    CLIPPING,
+    INTEGERS,
+    LEVELS,
+    OTHER_WEIGHTS,
+    TIME,
+    diagnose,
+    images_at_once,
+    mend,
+)
 from snnconv.engine import endpoint, prepare
 from snnconv.folding import fold
 from snnconv.graph import trace
@@ -157,3 +166,14 @@ def test_a_layer_that_is_silent_in_the_ann_has_absolute_errors() -> None:
     for row in diagnosis["layers"]:
         assert all(math.isfinite(v) for v in row["cumulative"].values())
     json.dumps(diagnosis, allow_nan=False)
+
+
+def test_large_networks_are_diagnosed_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = converted("residual").network
+    whole = found(network, build("residual"), "paper")
+    monkeypatch.setattr("snnconv.diagnosis.NEURONS_AT_ONCE", 3 * network.neurons)
+    assert images_at_once(network) == 3
+    parts = found(network, build("residual"), "paper")
+    for row, other in zip(whole["layers"], parts["layers"], strict=True):
+        assert row["cumulative"] == pytest.approx(other["cumulative"], rel=1e-4)
+    assert whole["restored"]["kl"] == pytest.approx(parts["restored"]["kl"], rel=1e-3)
