@@ -45,14 +45,16 @@ def forwards_of(
 ) -> dict[str, Callable[[Any], Any]]:
     """Return what maps pixels to the logits of the ANN, `ann`, and of its QANN, `qann_float`.
 
-    The latter only if no other weights became of the ANN's.
+    The latter only if no other weights became of the ANN's. Raises UsageError if the network is no
+    classifier.
     """
+    from snnconv.measure import classes
     from snnconv.pipeline import float_qann
     from snnconv.replace import replace_activations
 
     normalize = network.preprocessing.normalize
     model = model.to(device)
-    (readout,) = network.readouts
+    readout = classes(network)
     forwards: dict[str, Callable[[Any], Any]] = {"ann": lambda pixels: model(normalize(pixels))}
     reconstructed = (network.provenance.get("reconstruction") or {}).get("kept")
     if not (network.provenance.get("retraining") or reconstructed):

@@ -352,9 +352,14 @@ def command(
     if not distributed.is_leader():
         return
     evaluation_path = None
-    if evaluate and test is not None and described["ann"] is not None and processes == 1:
+    not_evaluated = ""
+    if evaluate and test is not None and described["ann"] is not None:
         timetable = spiking.timetable()
         evaluation_path = evaluation.default_path(path, spiking, timetable, "test", limit)
+        not_evaluated = _reason_not_to_evaluate(
+            evaluation_path, test, processes, limit, seed, force
+        )
+        evaluation_path = None if not_evaluated else evaluation_path
     checkpoint.save_network(spiking, path, replace=force)
     contents = {
         "schema": "snnconv.conversion/1",
@@ -406,6 +411,8 @@ def command(
             console.note(
                 "no data given: nothing was measured, the accuracy is unknown; give --data", quiet
             )
+    if not_evaluated:
+        console.note(f"not evaluated: {not_evaluated}", quiet)
     if evaluation_path is not None:
         _evaluate(
             evaluation_path,
@@ -421,13 +428,26 @@ def command(
             ],
             device=place,
             seed=seed,
-            force=force,
             as_json=as_json,
             quiet=quiet,
         )
     for images_of in (train, test):
         if images_of is not None:
             options.note_unreadable(images_of.unreadable, quiet)
+
+
+def _reason_not_to_evaluate(
+    path: Path, test: ImageData, processes: int, limit: int | None, seed: int, force: bool
+) -> str:
+    """Say why the evaluation at `path` must wait, an empty text if it need not."""
+    if processes > 1:
+        return "several processes have converted; run snnconv eval"
+    drawn = {"seed": seed} if limit else {}
+    try:
+        evaluation.require_writable(path, test, drawn, page=True, named=False, force=force)
+    except UsageError as error:
+        return error.message
+    return ""
 
 
 def _evaluate(
@@ -441,17 +461,10 @@ def _evaluate(
     command: Sequence[str],
     device: str,
     seed: int,
-    force: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Evaluate what was converted on the test images, unless its report would replace another."""
-    drawn = {"seed": seed} if "--limit" in command else {}
-    try:
-        evaluation.require_writable(path, test, drawn, page=True, named=False, force=force)
-    except UsageError as error:
-        console.note(f"not evaluated: {error.message}", quiet)
-        return
+    """Evaluate what was converted on the test images."""
     with console.progress(quiet) as progress:
         found = evaluation.evaluated(
             network,

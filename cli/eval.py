@@ -202,7 +202,9 @@ def command(
             progress=progress,
         )
     if distributed.is_leader():
-        evaluation.write(report_path, found, page=page)
+        # The newest checkpoint of today may not be that of tomorrow.
+        command = [*console.arguments(), *([] if checkpoints else [str(path)])]
+        evaluation.write(report_path, found, page=page, command=command)
     if as_json:
         console.emit_json(found)
         return

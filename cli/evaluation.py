@@ -159,13 +159,15 @@ def _print(e: dict[str, Any]) -> None:
 
 def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
     """Return rows of what it costs, and what to mend."""
+    from snnconv.report.document import joules
+
     rows = []
     if (cost := e["energy"]) is not None:
         ours, matched = cost["snn_nj"]["total"], cost["qann_nj"]
         rows.append(
             (
                 "energy",
-                f"{ours / 1000:.2f} µJ per image, {ours / matched:.2f} of the quantised ANN of the "
+                f"{joules(ours)} per image, {ours / matched:.2f} of the quantised ANN of the "
                 f"same bits, {ours / cost['qann_skipping_zeros_nj']:.2f} of one that skips zeros "
                 "(arithmetic)",
             )
@@ -177,6 +179,8 @@ def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
     """Return rows of what the simulation told."""
+    from snnconv.report.document import in_steps
+
     drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
     return [
         (
@@ -187,7 +191,8 @@ def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "latency",
-            f"{e['latency_steps']} steps ({e['latency_steps_clocked']} with one step per hop); "
+            f"{in_steps(e['latency_steps'])} ({e['latency_steps_clocked']} with one step per "
+            "layer); "
             f"drain {drain['max']} at most, {drain['mean']:.1f} on average",
         ),
         (

@@ -32,6 +32,8 @@ INTEGERS, OTHER_WEIGHTS = "integers", "new weights and clips"
 # Images at once, and at most; fewer of networks with more neurons. Layers are restored on a part.
 BATCH, MOST_IMAGES, MOST_RESTORED = 16, 256, 64
 MOST_NEURONS = 2**27
+# Of all images at once: every stage keeps their activations, 40 bytes for each in sum.
+NEURONS_AT_ONCE = 2**25
 # A loss nobody need mend: the divergence of the outputs, in nats.
 NEGLIGIBLE = 1e-3
 # A sequential error nobody need mend.
@@ -66,6 +68,11 @@ def images_wanted(network: SpikingNetwork) -> int:
     return max(BATCH, min(MOST_IMAGES, MOST_NEURONS // max(network.neurons, 1)))
 
 
+def images_at_once(network: SpikingNetwork) -> int:
+    """Return on how many images all stages are held in memory."""
+    return max(1, min(BATCH, NEURONS_AT_ONCE // max(network.neurons, 1)))
+
+
 def diagnose(
     network: SpikingNetwork,
     runner: Engine,
@@ -85,8 +92,9 @@ def diagnose(
         ann = None
     chain = _Chain(network, runner, schedule, ann, pixels.device)
     sums, alone = (_Sums({}, {}, {}, {}) for _ in range(2))
-    for start in range(0, len(pixels), BATCH):
-        batch = pixels[start : start + BATCH]
+    size = images_at_once(network)
+    for start in range(0, len(pixels), size):
+        batch = pixels[start : start + size]
         with torch.no_grad():
             stages, isolated = chain.run(batch)
         reference = stages.pop("reference")
@@ -99,7 +107,7 @@ def diagnose(
         if isolated:
             *_, settled, spiking = stages.values()
             alone.add(TIME, spiking, settled)
-        progress("diagnose", min(start + BATCH, len(pixels)), len(pixels))
+        progress("diagnose", min(start + size, len(pixels)), len(pixels))
     restored = chain.restored(pixels[:MOST_RESTORED], progress) if chain.layers else None
     paths = {p.name: p.path for p in network.populations}
     layers = [_row(paths[name], name, sums, alone) for name in sums.squares]
@@ -186,8 +194,9 @@ class _Chain:
         assert self.ann is not None
         names = ["", *(layer.name for layer in self.layers)]
         found = dict.fromkeys(names, 0.0)
-        for start in range(0, len(pixels), BATCH):
-            batch = pixels[start : start + BATCH]
+        size = images_at_once(self.network)
+        for start in range(0, len(pixels), size):
+            batch = pixels[start : start + size]
             images = self.network.preprocessing.center(batch)
             with torch.no_grad():
                 wanted = self._float(self.ann, self._normalized(batch))[1]
@@ -260,7 +269,7 @@ def _divergence(reference: Tensor, logits: Tensor) -> float:
 
 def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:
     """Return one layer's errors, relative to the reference's square."""
-    square = max(sums.squares[name], torch.finfo(torch.float64).tiny)
+    square = sums.squares[name] or 1.0  # of a layer that is silent the errors are absolute
     cumulative = {stage: errors[name] / square for stage, errors in sums.errors.items()}
     before = [0.0, *cumulative.values()]
     last = before[-1]
@@ -283,6 +292,8 @@ def mend(
     the one that, left in float alone, brings most of the loss back. None where there is nothing to
     gain.
     """
+    if not diagnosis["layers"]:
+        return None
     kl = dict(diagnosis["output"]["kl"])
     kl.pop(OTHER_WEIGHTS, None)
     losses = {s: e - b for (s, e), b in zip(kl.items(), [0.0, *kl.values()], strict=False)}
@@ -316,7 +327,12 @@ def _advice(cause: str, retrained: bool, schedule: Schedule) -> str:
     if cause != TIME:
         return ADVICE[cause]
     if schedule.exact:
-        return "Give counts the time to settle: --drain auto, and neurons that take spikes back."
+        return "Neurons that take spikes back: --neuron signed."
+    if schedule.name != "paper":
+        return (
+            "Give counts the time to settle: --drain auto, and neurons that take spikes back "
+            "(--neuron signed)."
+        )
     return (
         "--schedule drain lets counts settle where the quantised ANN's are, a few steps later; at "
         "the same latency snnconv finetune --layerwise wins a part of it back."

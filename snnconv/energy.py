@@ -174,4 +174,6 @@ def _nj(energy: float) -> str:
 
 
 def _times(ours: float, other: float) -> str:
-    return f"{ours / other:.3g} times" if other else "beyond all measure"
+    if not other:
+        return "infinitely many times" if ours else "1 times"
+    return f"{ours / other:.3g} times"

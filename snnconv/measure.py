@@ -153,9 +153,12 @@ def _shared_batches(
 def spread_images(
     data: ImageData, preprocessing: Preprocessing, indices: np.ndarray, count: int
 ) -> Tensor:
-    """Load at most `count` images, spread evenly over `indices`: uint8 `[N, C, H, W]`."""
+    """Load at most `count` images, spread evenly over `indices`: uint8 `[N, C, H, W]`.
+
+    So many of them may be unreadable as of all `indices`.
+    """
     chosen = indices[:: -(-len(indices) // count)]
-    batches = data.batches(preprocessing, chosen, default_batch(preprocessing))
+    batches = data.batches(preprocessing, chosen, default_batch(preprocessing), asked=len(indices))
     return torch.cat([pixels for pixels, _ in batches])
 
 
@@ -259,13 +262,12 @@ class _Tally:
         largest = np.abs(found) if p.two_sided else found
         saturated = int(np.count_nonzero(largest == timesteps))
         zero = found.size - int(np.count_nonzero(found))
-        off = squares = 0
-        if equal < found.size:
+        # A part of the images tells it as well, and costs no time.
+        exact, found, wanted = equal == found.size, found[::EVERY], wanted[::EVERY]
+        off, squares = 0, _squares(wanted)
+        if not exact:
             signed = np.int8 if timesteps <= np.iinfo(np.int8).max // 2 else np.int16
-            # A part of the images tells it as well, and costs no time.
-            found, wanted = found[::EVERY], wanted[::EVERY]
             off = _squares(np.subtract(found, wanted, dtype=signed, casting="unsafe"))
-            squares = _squares(wanted)
         for sums, more in (
             (self.saturated, saturated),
             (self.zero, zero),
@@ -340,7 +342,7 @@ def evaluate(
     UsageError if the network is no classifier or does not end at its end point under the schedule,
     DataError if the data do not fit it.
     """
-    readout = _logits(network)
+    readout = classes(network)
     simulated = engine != ENDPOINT
     if not simulated and not (
         schedule.exact and (network.neuron == "signed" or schedule.name == "wait")
@@ -356,7 +358,7 @@ def evaluate(
     # What maps like max-pooling end at is asked for only where there are such.
     maps = statistics and len(network.eventful) > len(network.populations)
     seconds = 0.0
-    batch = max(1, min(BATCH, BATCH_NEURONS // network.neurons))
+    batch = max(1, min(BATCH, BATCH_NEURONS // max(network.neurons, 1)))
     for pixels, labels in _shared_batches(data, network.preprocessing, indices, batch):
         pixels = pixels.to(device)
         start = time.perf_counter()
@@ -571,7 +573,7 @@ def _latency(schedule: Schedule, tally: _Tally) -> int:
     return schedule.steps_before_drain + max(int(d.max()) for d in tally.drains)
 
 
-def _logits(network: SpikingNetwork) -> Readout:
+def classes(network: SpikingNetwork) -> Readout:
     """Return a classifier's one output. Raises UsageError for other networks."""
     if network.logits is None:
         shapes = ", ".join(f"{r.name} {list(r.shape)}" for r in network.readouts)

@@ -365,6 +365,9 @@ def test_eval_does_not_overwrite_what_is_not_its_own(
     assert convert() == 0
     base = ["eval", "--data", "zoo:digits", "--limit", "9", "-q"]
     assert run(base) == run(base) == 0
+    # Which checkpoint was the newest is stated.
+    report = json.loads(Path("digits.T7-drain-signed-limit9.eval.json").read_text())
+    assert report["command"].endswith("-q digits.snn.safetensors")
     Path("mine.json").write_text("{}")
     assert run([*base, "-o", "mine.json"]) == 2
     assert Path("mine.json").read_text() == "{}"
@@ -409,3 +412,14 @@ def test_activations_are_replaced_in_a_copy() -> None:
     changed, found = replace_activations(act)
     assert found == {"GammaAct of silu": 1}
     assert changed(torch.tensor([-1.0, 2.0])).tolist() == [0, 3] and act.act_fn is F.silu
+
+
+def test_a_conversion_names_no_evaluation_that_is_not_its_own() -> None:
+    theirs = Path("digits.T7-drain-signed-limit40.eval.json")
+    theirs.write_text("notes")
+    assert convert() == 0
+    assert theirs.read_text() == "notes"
+    assert json.loads(Path("digits.convert.json").read_text())["evaluation"] is None
+    assert convert("--force") == 0
+    assert json.loads(Path("digits.convert.json").read_text())["evaluation"] == theirs.name
+    assert json.loads(theirs.read_text())["checkpoint"] == "digits.snn.safetensors"

@@ -96,6 +96,14 @@ def test_energies_are_computed_anew(
     assert json.loads(Path("a.eval.json").read_text(encoding="utf-8")) == e
 
 
+def test_baselines_may_cost_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    e = whole()
+    e["energy"]["qann_nj"] = 0
+    save("a.eval.json", e)
+    assert run(["report"]) == 0
+    assert "infinitely many times the quantised ANN's" in capsys.readouterr().out
+
+
 NOT_WHOLE = {"schema": "snnconv.evaluation/1", "model": "x", "images": "many"}
 
 

@@ -37,7 +37,7 @@ def changed(folder: Path, target: Path, **values: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("name", ["d.eval.json", "d.convert.json"])
+@pytest.mark.parametrize("name", ["d.eval.json", "d.convert.json", "d.T3-drain-signed.eval.json"])
 def test_the_same_command_gives_the_same_numbers(
     name: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,16 @@ from networks import NETWORKS, PREPROCESSING, build, converted, images
 from torch import nn
 
 from snnconv.calibrate import calibrate_
-from snnconv.diagnosis import CLIPPING, INTEGERS, LEVELS, OTHER_WEIGHTS, TIME, diagnose
+from snnconv.diagnosis import (
+    CLIPPING,
+    INTEGERS,
+    LEVELS,
+    OTHER_WEIGHTS,
+    TIME,
+    diagnose,
+    images_at_once,
+    mend,
+)
 from snnconv.engine import endpoint, prepare
 from snnconv.folding import fold
 from snnconv.graph import trace
@@ -18,6 +29,7 @@ from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize, network_qann
 from snnconv.pipeline import convert, float_qann
 from snnconv.plan import make_plan
+from snnconv.schedule import Schedule
 
 CLASSIFIERS = sorted(set(NETWORKS) - {"two_outputs"})
 
@@ -128,3 +140,40 @@ def test_learnt_weights_are_a_cause_of_their_own() -> None:
     told = {**network.provenance, "retraining": {"settings": {}}}
     diagnosis = found(replace(network, provenance=told), build("residual"))
     assert diagnosis["stages"] == [OTHER_WEIGHTS, LEVELS, TIME]
+
+
+def test_advice_against_lost_time_is_of_what_is_not_done_yet() -> None:
+    row = {"layer": "relu", "by_cause": {TIME: 1.0}}
+    lost = {"output": {"kl": {TIME: 1.0}}, "restored": None, "layers": [row]}
+    for name, drain, wanted in (
+        ("paper", None, "--schedule drain"),
+        ("drain", 1, "--drain auto"),
+        ("stagger", 0, "--drain auto"),
+        ("drain", None, "--neuron signed"),
+        ("wait", None, "--neuron signed"),
+    ):
+        told = mend(lost, Schedule(name, 3, 2, drain))
+        assert told is not None and wanted in told["suggestion"]
+
+
+def test_a_layer_that_is_silent_in_the_ann_has_absolute_errors() -> None:
+    model = build("residual")
+    network = convert(model, PREPROCESSING, [images(8, 1)], timesteps=5).network
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    diagnosis = found(network, model, "paper")
+    for row in diagnosis["layers"]:
+        assert all(math.isfinite(v) for v in row["cumulative"].values())
+    json.dumps(diagnosis, allow_nan=False)
+
+
+def test_large_networks_are_diagnosed_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = converted("residual").network
+    whole = found(network, build("residual"), "paper")
+    monkeypatch.setattr("snnconv.diagnosis.NEURONS_AT_ONCE", 3 * network.neurons)
+    assert images_at_once(network) == 3
+    parts = found(network, build("residual"), "paper")
+    for row, other in zip(whole["layers"], parts["layers"], strict=True):
+        assert row["cumulative"] == pytest.approx(other["cumulative"], rel=1e-4)
+    assert whole["restored"]["kl"] == pytest.approx(parts["restored"]["kl"], rel=1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import click
@@ -9,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 from networks import PREPROCESSING, converted, images
+from torch import nn
 
 from snnconv.checkpoint import sha256
+from snnconv.cli.ann import forwards_of
 from snnconv.cli.eval import command as eval_command
 from snnconv.data import ImageData
 from snnconv.data.arrays import from_arrays
-from snnconv.engine import ENDPOINT, ENGINES, endpoint, simulate
+from snnconv.data.images import UnreadableImage
+from snnconv.diagnosis import diagnose
+from snnconv.engine import ENDPOINT, ENGINES, endpoint, prepare, simulate
 from snnconv.errors import DataError, UsageError
 from snnconv.measure import (
     COMPARED,
@@ -25,9 +30,12 @@ from snnconv.measure import (
     evaluate,
     first_within,
     paired_drop,
+    spread_images,
     top1_percents,
     wilson_interval,
 )
+from snnconv.pipeline import convert
+from snnconv.preprocess import Preprocessing
 from snnconv.workload import fan_out
 
 COUNT = 24
@@ -174,6 +182,8 @@ def test_what_does_not_fit_is_refused() -> None:
     two = converted("two_outputs").network
     with pytest.raises(UsageError, match="no classifier"):
         evaluate(two, data(), np.arange(4), two.timetable())
+    with pytest.raises(UsageError, match="no classifier"):
+        forwards_of(nn.Identity(), two, 3, "cpu")
 
 
 def test_a_comparison_has_what_single_evaluations_have() -> None:
@@ -286,6 +296,49 @@ def test_statistics_are_those_of_the_reference(schedule: str) -> None:
     without = evaluate(network, data(), np.arange(COUNT), timetable)
     assert without["operations"] is without["energy"] is None
     assert "rate_percent" not in without["layers"][0]
+
+
+def test_sequential_errors_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = converted("residual", timesteps=3).network
+    monkeypatch.setattr("snnconv.measure.EVERY", 1)
+    # Every image of one color: on some of them, layers end where the quantised ANN does.
+    colors = np.broadcast_to(
+        np.arange(COUNT, dtype=np.uint8)[:, None, None, None], (COUNT, 8, 8, 3)
+    )
+    plain = from_arrays("plain", "test", 11 * colors, np.zeros(COUNT, dtype=np.int64))
+    errors = []
+    for size in (COUNT, 1):
+        monkeypatch.setattr("snnconv.measure.BATCH", size)
+        timetable = network.timetable(name="paper")
+        found = evaluate(network, plain, np.arange(COUNT), timetable, statistics=True)
+        errors.append([row["sequential_error"] for row in found["layers"]])
+    assert errors[0] == errors[1] and any(errors[0])
+
+
+def test_a_network_without_neurons_is_evaluated() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(PREPROCESSING.input_size), 5)).eval()
+    network = convert(model, PREPROCESSING, [images(8, 1)], timesteps=3).network
+    timetable = network.timetable()
+    found = evaluate(network, data(), np.arange(COUNT), timetable, statistics=True)
+    assert found["agreement"]["counts_exact"] and found["layers"] == []
+    assert found["energy"]["break_even"] is None
+    runner = prepare(network, 3)
+    assert diagnose(network, runner, images(8, 4), timetable, model)["mend"] is None
+
+
+def test_as_many_of_spread_images_may_be_unreadable_as_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = from_arrays("black", "test", np.zeros((400, 12, 12, 3), np.uint8), np.zeros(400, int))
+    whole = many.images.pixels
+
+    def pixels(index: int, preprocessing: Preprocessing) -> np.ndarray:
+        if index in (0, 4, 8):
+            raise UnreadableImage(f"{index}.png")
+        return whole(index, preprocessing)
+
+    monkeypatch.setattr(many.images, "pixels", pixels)
+    assert len(spread_images(many, PREPROCESSING, np.arange(400), 200)) == 197
 
 
 def test_operations_behind_a_max_pool_are_those_of_its_own_events() -> None:

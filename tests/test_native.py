@@ -307,6 +307,17 @@ def test_an_engine_first_used_in_inference_mode_goes_on_outside() -> None:
     assert selfcheck.wrong(engine) is None
 
 
+def test_events_first_counted_in_inference_mode_are_counted_outside() -> None:
+    net = selfcheck.sample()
+    engine = native.Engine(net, selfcheck.TIMESTEPS)
+    pixels, timetable = torch.zeros(2, *net.preprocessing.input_size).byte(), net.timetable()
+    with torch.inference_mode():
+        inside = engine.simulate(pixels, timetable, events=True).events
+    outside = engine.simulate(pixels, timetable, events=True).events
+    assert inside is not None and outside is not None
+    assert all(torch.equal(inside[name], outside[name]) for name in inside)
+
+
 def test_one_engine_may_be_used_by_several_threads() -> None:
     engine = native.Engine(selfcheck.sample(), selfcheck.TIMESTEPS)
     with ThreadPoolExecutor(4) as pool:

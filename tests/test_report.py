@@ -243,6 +243,17 @@ def test_reports_are_compared_and_the_front_is_marked() -> None:
     assert all(label in page.text for label in ("drain T 3", "wait T 8", "paper T 8 unsigned"))
 
 
+def test_settings_tell_reports_apart() -> None:
+    e = whole(schedule="stagger", stagger=1, drain=None)
+    ways = [{}, {"stagger": 2}, {"drain": 3}, {"initial_membrane": "zero"}]
+    assert comparison.labels([{**e, **way} for way in ways]) == [
+        "stagger T 8",
+        "stagger 2 T 8",
+        "stagger T 8 drain 3",
+        "stagger T 8 V0 0",
+    ]
+
+
 def test_reports_of_other_images_have_no_front() -> None:
     rows = compared(whole(), whole(images=500, partial=True))
     assert [row["on_energy_front"] for row in rows] == [None, None]

@@ -486,7 +486,10 @@ class _Plan:
             node = self.engine.nodes[name]
             signed = isinstance(node, Population) and self.engine.network.signed(node)
             if events and signed:
-                self.falls.setdefault(name, torch.empty_like(state)).zero_()
+                if name not in self.falls:
+                    with torch.inference_mode(False):  # for later simulations outside of it
+                        self.falls[name] = torch.empty_like(state)
+                self.falls[name].zero_()
             program.watch(self.tasks[name], self.falls[name] if events and signed else None)
 
     def fallen(self, name: str, images: int) -> Tensor:

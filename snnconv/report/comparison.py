@@ -44,12 +44,13 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 def labels(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     """Name evaluations by schedule and T, and by what else tells them apart."""
     names = [
-        f"{e['schedule']} T {e['timesteps']}"
+        f"{e['schedule']}{_between(e)} T {e['timesteps']}"
         + (
             f" drain {e['drain']}"
-            if e["schedule"] == "drain" and e.get("drain") is not None
+            if e["schedule"] in ("drain", "stagger") and e.get("drain") is not None
             else ""
         )
+        + (" V0 0" if e.get("initial_membrane") == "zero" else "")
         for e in evaluations
     ]
     if len({e["neuron"] for e in evaluations}) > 1:
@@ -61,6 +62,11 @@ def labels(evaluations: Sequence[dict[str, Any]]) -> list[str]:
     if len(models) > 1:
         names = [f"{e['model']} {name}" for name, e in zip(names, evaluations, strict=True)]
     return names
+
+
+def _between(e: dict[str, Any]) -> str:
+    """Name the steps between layers, if there are more than one."""
+    return f" {e['stagger']}" if e.get("stagger") not in (None, 1) else ""
 
 
 def rows(reports: Sequence[Report]) -> list[dict[str, Any]]:

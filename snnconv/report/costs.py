@@ -107,12 +107,19 @@ def _energy(e: dict[str, Any]) -> Section | None:
         texts.append("No rate of spikes would bring the SNN below the quantised ANN.")
     return Section(
         "Energy",
-        strong=f"The SNN takes {snn['total'] / energy['qann_nj']:.2f} times the energy of the "
+        strong=f"The SNN takes {times(snn['total'], energy['qann_nj'])} the energy of the "
         "bit-matched quantised ANN.",
         texts=texts,
         figures=[figure],
         tables=[_parts(energy), _assumptions(energy)],
     )
+
+
+def times(ours: float, other: float) -> str:
+    """Say how many times another energy ours is; there is no number where that is 0."""
+    if not other:
+        return "infinitely many times" if ours else "1 times"
+    return f"{ours / other:.2f} times"
 
 
 def _sentence(text: str | None) -> str:

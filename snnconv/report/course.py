@@ -13,6 +13,7 @@ from snnconv.report.document import (
     Table,
     amount,
     columns_in_use,
+    in_steps,
     percent,
 )
 
@@ -86,7 +87,7 @@ def over_time(e: dict[str, Any]) -> Section | None:
 
 
 def _latency(e: dict[str, Any]) -> str:
-    text = f"The slowest image has ended after {e['latency_steps']:,} steps"
+    text = f"The slowest image has ended after {in_steps(e['latency_steps'])}"
     if (drain := e.get("drain_steps")) is not None and drain["max"]:
         text += (
             f", {drain['max']:,} after the last bias ({drain['mean']:.1f} on average, "

@@ -161,6 +161,11 @@ def amount(value: float, digits: int = 3) -> str:
     return f"{value:.{digits - 1 + int(zeros)}f}"
 
 
+def in_steps(number: int) -> str:
+    """Write a number of time steps."""
+    return "1 step" if number == 1 else f"{number:,} steps"
+
+
 def joules(nanojoules: float, unit: tuple[float, str] | None = None) -> str:
     """Write an energy in the largest unit in which it is one or more, or in the unit given."""
     scale, name = unit or unit_of([nanojoules])

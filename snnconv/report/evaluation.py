@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from snnconv.report import causes, costs, course
-from snnconv.report.document import Document, Fact, Section, amount, joules, percent
+from snnconv.report.document import Document, Fact, Section, amount, in_steps, joules, percent
 
 
 def document(e: dict[str, Any], file: str) -> Document:
@@ -79,7 +79,7 @@ def facts(e: dict[str, Any]) -> list[Fact]:
     if (latency := e.get("latency_steps")) is not None:
         clocked = e.get("latency_steps_clocked")
         note = "" if clocked is None else f"{clocked:,} with one step per layer"
-        found.append(Fact("latency_steps", "Latency", f"{latency:,} steps", latency, note))
+        found.append(Fact("latency_steps", "Latency", in_steps(latency), latency, note))
     if (agreement := e.get("agreement")) is not None:
         exact, counts = agreement.get("counts_exact"), agreement.get("counts_percent")
         note = "of arg-maxes; " + (
@@ -97,7 +97,7 @@ def facts(e: dict[str, Any]) -> list[Fact]:
         )
     if (energy := e.get("energy")) is not None:
         total = energy["snn_nj"]["total"]
-        note = f"{total / energy['qann_nj']:.2f} times the quantised ANN's, an estimate"
+        note = f"{costs.times(total, energy['qann_nj'])} the quantised ANN's, an estimate"
         found.append(Fact("energy.snn_nj.total", "Energy per image", joules(total), total, note))
     return found
 
