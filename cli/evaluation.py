@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from snnconv.errors import SnnconvError, first_line
+
 from . import console
 from .ann import diagnosed, forwards_of, measure_forwards, stored_ann
 
@@ -54,9 +56,13 @@ def evaluated(
         wanted = evaluation["ann"]["top1_percent"]
         evaluation["first_within"]["ann"] = first_within(evaluation["by_step"], wanted)
     if statistics and evaluation["by_step"] is not None:
-        evaluation["errors"] = diagnosed(
-            network, images, indices, timetable, model, device, progress
-        )
+        try:
+            evaluation["errors"] = diagnosed(
+                network, images, indices, timetable, model, device, progress
+            )
+        except (SnnconvError, RuntimeError, MemoryError) as error:
+            # What the simulation has found is not lost for that.
+            console.note(f"the evaluation goes without a diagnosis: {first_line(error)}")
     return evaluation | measure_forwards(forwards, network, images, indices, device, progress)
 
 

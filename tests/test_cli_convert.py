@@ -423,3 +423,18 @@ def test_a_conversion_names_no_evaluation_that_is_not_its_own() -> None:
     assert convert("--force") == 0
     assert json.loads(Path("digits.convert.json").read_text())["evaluation"] == theirs.name
     assert json.loads(theirs.read_text())["checkpoint"] == "digits.snn.safetensors"
+
+
+def test_a_diagnosis_that_fails_does_not_lose_the_evaluation(
+    capsys: pytest.CaptureFixture[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("not enough memory: you tried to allocate")
+
+    monkeypatch.setattr("snnconv.diagnosis.diagnose", fails)
+    source = ["convert", "zoo:digits", "--data", "zoo:digits", "--epochs", "0", "--limit", "50"]
+    assert run([*source, "-T", "3"]) == 0
+    assert "without a diagnosis: not enough memory" in capsys.readouterr().err
+    (path,) = own_folder.glob("*.eval.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert found["errors"] is None and found["energy"]["snn_nj"]["total"] > 0
