@@ -442,9 +442,8 @@ def _reason_not_to_evaluate(
     """Say why the evaluation at `path` must wait, an empty text if it need not."""
     if processes > 1:
         return "several processes have converted; run snnconv eval"
-    drawn = {"seed": seed} if limit else {}
     try:
-        evaluation.require_writable(path, test, drawn, page=True, named=False, force=force)
+        evaluation.require_writable(path, test, seed, limit, page=True, named=False, force=force)
     except UsageError as error:
         return error.message
     return ""

@@ -181,7 +181,8 @@ def command(
     evaluation.require_writable(
         report_path,
         images,
-        {"seed": seed} if limit else {},
+        seed,
+        limit,
         page=page,
         named=output is not None,
         force=force,

@@ -76,16 +76,23 @@ def default_path(
 
 
 def require_writable(
-    path: Path, images: Any, drawn: dict[str, Any], *, page: bool, named: bool, force: bool
+    path: Path,
+    images: Any,
+    seed: int,
+    limit: int | None,
+    *,
+    page: bool,
+    named: bool,
+    force: bool,
 ) -> None:
     """Raise UsageError if the report at `path`, or its page, would take the place of another.
 
-    An earlier one of the same data, and `drawn` alike, is replaced, unless the user has `named` the
-    path.
+    An earlier one of the same data, drawn alike, is replaced, unless the user has `named` the path.
     """
     from snnconv import report
     from snnconv.report import html
 
+    drawn = {"seed": seed} if limit else {}
     own = {"schema": "snnconv.evaluation/1", "data": images.name, **drawn}
     report.require_writable(path, force, None if named else own)
     if page:

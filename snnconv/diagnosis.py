@@ -11,8 +11,9 @@ as, and with the clips they were learnt with.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -271,15 +272,20 @@ def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:
     """Return one layer's errors, relative to the reference's square."""
     square = sums.squares[name] or 1.0  # of a layer that is silent the errors are absolute
     cumulative = {stage: errors[name] / square for stage, errors in sums.errors.items()}
-    before = [0.0, *cumulative.values()]
-    last = before[-1]
+    last = next(reversed(cumulative.values()), 0.0)
     return {
         "layer": path,
         "cumulative": cumulative,
-        "by_cause": {s: e - b for (s, e), b in zip(cumulative.items(), before, strict=False)},
+        "by_cause": dict(zip(cumulative, _rises(cumulative.values()), strict=True)),
         "isolated": {s: errors[name] / square for s, errors in alone.errors.items()} or None,
         "sqnr_db": -10 * math.log10(last) if last > 0 else None,
     }
+
+
+def _rises(values: Iterable[float]) -> list[float]:
+    """Return how much each of some errors is above the one before, the first above none."""
+    errors = [0.0, *values]
+    return [after - before for before, after in pairwise(errors)]
 
 
 def mend(
@@ -296,14 +302,13 @@ def mend(
         return None
     kl = dict(diagnosis["output"]["kl"])
     kl.pop(OTHER_WEIGHTS, None)
-    losses = {s: e - b for (s, e), b in zip(kl.items(), [0.0, *kl.values()], strict=False)}
+    losses = dict(zip(kl, _rises(kl.values()), strict=True))
     cause = max(losses, key=lambda stage: losses[stage])
     if losses[cause] < NEGLIGIBLE:
         return None
     restored = diagnosis["restored"]
     if cause == TIME or restored is None:
-        errors = [row["by_cause"][TIME] for row in diagnosis["layers"]]
-        rises = [e - b for e, b in zip(errors, [0.0, *errors], strict=False)]
+        rises = _rises(row["by_cause"][TIME] for row in diagnosis["layers"])
         worst = max(range(len(rises)), key=rises.__getitem__)
         share = rises[worst] / max(sum(r for r in rises if r > 0), SETTLED)
         layer = diagnosis["layers"][worst]["layer"]

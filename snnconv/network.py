@@ -112,7 +112,7 @@ class Island:
 
 Node = Image | Relay | Population | Island | Readout
 
-# Maps of a sum of counts that are not the sum of the maps.
+# Maps of a sum of counts that are not the sum of the maps; their events depend on the order.
 NONLINEAR = ("max_pool", "clamp")
 # Numbers per image beyond which no step of an island's program is believed.
 WIDEST_ISLAND = 2**28

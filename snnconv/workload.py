@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snnconv import program
 from snnconv.analog import FUNCTIONS
-from snnconv.network import Image, Island, Population, Readout, SpikingNetwork, Synapse
+from snnconv.network import NONLINEAR, Image, Island, Population, Readout, SpikingNetwork, Synapse
 from snnconv.ops import Pool, convolve, per_channel, window_sum
 from snnconv.plan import Relay
 from snnconv.quant import apply_weight, relay
@@ -39,8 +39,6 @@ KEYS = (
     "membrane_updates",
     "resets",
 )
-# Maps on which events have to be counted by a simulation: they depend on their order.
-NONLINEAR = ("max_pool", "clamp")
 # Operations of an island's program that only move numbers.
 MOVES = ("concat", "expand", "permute", "reshape", "slice")
 

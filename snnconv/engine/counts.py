@@ -599,9 +599,8 @@ def _join(parts: list[Trace], counts: dict[str, Tensor]) -> Trace:
 
 def _sums(parts: list[dict[str, Tensor] | None]) -> dict[str, Tensor] | None:
     """Add what is there of every part."""
-    there = [part for part in parts if part is not None]
-    return (
-        {name: sum(p[name] for p in there[1:]) + there[0][name] for name in there[0]}
-        if there
-        else None
-    )
+    sums: dict[str, Tensor] | None = None
+    for part in parts:
+        if part is not None:
+            sums = part if sums is None else {name: sums[name] + part[name] for name in part}
+    return sums

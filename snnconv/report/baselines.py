@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from snnconv.report.document import Column, Document, Section, Table, amount, columns_in_use
+from snnconv.report.document import (
+    Column,
+    Document,
+    Section,
+    Table,
+    amount,
+    columns_in_use,
+    number,
+)
 from snnconv.report.reading import Report
 
 
@@ -33,14 +41,14 @@ def document(report: Report) -> Document:
             [
                 row["method"],
                 row.get("checkpoint") or "",
-                _number(row.get("top1_percent"), ".2f"),
+                number(row.get("top1_percent"), ".2f"),
                 "" if interval is None else f"{interval[0]:.2f} to {interval[1]:.2f}",
-                _number(row.get("latency_steps"), ",d"),
-                _number(row.get("latency_steps_clocked"), ",d"),
-                _number(row.get("spikes_per_neuron"), ".3f"),
-                _number(row.get("negative_percent"), ".1f"),
+                number(row.get("latency_steps"), ",d"),
+                number(row.get("latency_steps_clocked"), ",d"),
+                number(row.get("spikes_per_neuron"), ".3f"),
+                number(row.get("negative_percent"), ".1f"),
                 "" if counts is None else amount(counts, 4),
-                _number(row.get("recovered_percent"), ".0f"),
+                number(row.get("recovered_percent"), ".0f"),
             ]
         )
     if len({row.get("checkpoint") for row in b["rows"]}) == 1:
@@ -61,7 +69,3 @@ def document(report: Report) -> Document:
             Section("How it was measured", pairs=[(k, str(v)) for k, v in pairs if v is not None]),
         ],
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

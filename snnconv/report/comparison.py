@@ -16,6 +16,7 @@ from snnconv.report.document import (
     Table,
     columns_in_use,
     joules,
+    number,
     unit_of,
 )
 from snnconv.report.reading import Report
@@ -206,11 +207,11 @@ def _table(reports: Sequence[Report], compared: Sequence[dict[str, Any]]) -> Tab
                 _network(report) if several else "",
                 f"{row['top1_percent']:.2f}",
                 f"{low:.2f} to {high:.2f}",
-                _number(row["ann_percent"], ".2f") + ("*" if stored else ""),
-                _number(row["qann_percent"], ".2f"),
-                _number(row["latency_steps"], ",d"),
-                _number(row["latency_steps_clocked"], ",d"),
-                _number(row["spikes_per_neuron"], ".3f"),
+                number(row["ann_percent"], ".2f") + ("*" if stored else ""),
+                number(row["qann_percent"], ".2f"),
+                number(row["latency_steps"], ",d"),
+                number(row["latency_steps_clocked"], ",d"),
+                number(row["spikes_per_neuron"], ".3f"),
                 "" if row["snn_nj"] is None else joules(row["snn_nj"], unit),
                 "" if row["qann_nj"] is None else joules(row["qann_nj"], unit),
                 f"{row['images']:,}" + ("*" if report.contents["partial"] else ""),
@@ -252,7 +253,3 @@ def _plane(name: str, compared: Sequence[dict[str, Any]]) -> Points | None:
         "top-1 %",
         points,
     )
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)

@@ -143,6 +143,11 @@ def percent(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f} %"
 
 
+def number(value: float | None, form: str) -> str:
+    """Format a number for a cell, which stays empty without one."""
+    return "" if value is None else format(value, form)
+
+
 def amount(value: float, digits: int = 3) -> str:
     """Write a quantity with so many significant digits, thousands apart, without exponents.
 
