@@ -38,6 +38,7 @@ check: $(STAMP) ## check format, lint, types, generated docs, then test
 	$(BIN)/python docs/generate_results.py --check
 	$(BIN)/python docs/generate_performance.py --check
 	$(BIN)/python docs/generate_coverage.py --check
+	$(BIN)/python docs/generate_schedules.py --check
 	$(MAKE) test
 
 $(SANITIZED): $(KERNELS)
@@ -60,6 +61,7 @@ docs: $(STAMP) ## write docs/cli.md, RESULTS.md and the tables of README and per
 	$(BIN)/python docs/generate_results.py
 	$(BIN)/python docs/generate_performance.py
 	$(BIN)/python docs/generate_coverage.py
+	$(BIN)/python docs/generate_schedules.py
 
 coverage: $(STAMP) ## examine all of timm and verify what converts (hours; goes on where it was)
 	$(BIN)/python tests/coverage.py

@@ -35,7 +35,13 @@ def test_every_public_name_is_on_the_python_page() -> None:
 
 @pytest.mark.parametrize(
     "script",
-    ["generate_cli.py", "generate_results.py", "generate_performance.py", "generate_coverage.py"],
+    [
+        "generate_cli.py",
+        "generate_results.py",
+        "generate_performance.py",
+        "generate_coverage.py",
+        "generate_schedules.py",
+    ],
 )
 def test_generated_pages_are_current(script: str) -> None:
     command = [sys.executable, str(ROOT / "docs" / script), "--check"]

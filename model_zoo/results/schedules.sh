@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the reports of all schedules at T = 3 and 7 in this folder, of the networks that come with
-# snnconv, on all test images, and docs/schedules.html, which has them side by side.
+# snnconv, on all test images; make docs puts them side by side in docs/schedules.html.
 #
 #   model_zoo/results/schedules.sh DATA CHECKPOINTS
 #
@@ -12,16 +12,13 @@ data=$(realpath --relative-to="$here" "$1")
 checkpoints=$(realpath --relative-to="$here" "$2")
 cd "$here"
 
-reports=()
 for t in 3 7; do
   name=cifar_resnet20.cifar10-t$t
   for schedule in paper drain stagger wait; do
     report=$name-$schedule-signed.eval.json
-    reports+=("$report")
     grep -qs '"membrane_updates"' "$report" ||
       snnconv eval "../checkpoints/$name.snn.safetensors" --data "$data/cifar10" \
         --schedule $schedule --ann "$checkpoints/cifar10_resnet_akamaster/resnet20-12fca82f.th" \
         -o "$report" --force --quiet --no-page
   done
 done
-snnconv report "${reports[@]}" -o ../../docs/schedules.html --force --quiet
