@@ -631,6 +631,11 @@ def _compensation(described: dict[str, Any]) -> str:
     )
 
 
+def _taught(retraining: dict[str, Any]) -> str:
+    teacher = retraining["teacher"]
+    return "" if teacher is None else f", taught by {teacher['name']}"
+
+
 def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
     model, checked, trained = contents["model"], contents["verification"], contents["retraining"]
     calibration = contents["calibration"]
@@ -673,7 +678,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
             -1 if model["ann"] else len(rows),
             (
                 "retrained",
-                f"{how['epochs']} epochs on {trained['images']} images, epoch "
+                f"{how['epochs']} epochs on {trained['images']} images{_taught(trained)}, epoch "
                 f"{trained['chosen_epoch']} chosen by KL {trained['held_out_kl']:.4f} on "
                 f"{trained['held_out_images']} more",
             ),

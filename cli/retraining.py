@@ -19,6 +19,7 @@ from snnconv.files import SUFFIX
 
 from . import console
 from .options import require_free
+from .source import fit_to_images
 
 if TYPE_CHECKING:
     from snnconv.data import ImageData
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from snnconv.recipe import Recipe
     from snnconv.train import TrainSettings
 
-NAMES = ("epochs", "lr", "batch_size", "distill", "workers", "resume")
+NAMES = ("epochs", "lr", "batch_size", "distill", "teacher", "workers", "resume")
 LARGEST_WORKERS = 8
 # Images of so many are hashed to tell one training set from another.
 HASHED_IMAGES = 1000
@@ -42,6 +43,7 @@ class TrainOptions:
     lr: float | None
     batch_size: int | None
     distill: bool | None
+    teacher: str | None
     workers: int | None
     resume: bool
 
@@ -61,7 +63,10 @@ class TrainOptions:
         if self.distill is not None:
             usual = values.get("distill") or TrainSettings.distill
             values["distill"] = usual if self.distill else 0.0
-        return TrainSettings.from_dict(recipe.name if recipe else "training", values)
+        settings = TrainSettings.from_dict(recipe.name if recipe else "training", values)
+        if self.teacher and not settings.distill:
+            raise UsageError("without distillation a --teacher would teach nothing")
+        return settings
 
     def refuse_without_training(self, why: str) -> None:
         """Raise UsageError if the command line has an option that only retraining heeds."""
@@ -97,6 +102,12 @@ _OPTIONS = (
         "--distill/--no-distill",
         default=None,
         help="Learn from the float network's outputs, or from the labels only.  [default: distill]",
+    ),
+    click.option(
+        "--teacher",
+        metavar="CHECKPOINT|NAME",
+        help="Learn from the outputs of this network for the same classes, such as a larger one, "
+        "not from those of the one that is converted.",
     ),
     click.option(
         "--workers",
@@ -176,8 +187,14 @@ def retrainer(
     from snnconv import __version__
     from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.data import choose_indices
-    from snnconv.train import retrain
+    from snnconv.load import load_model
+    from snnconv.train import retrain, teacher_for
 
+    teacher, taught_by = loaded.model, None
+    if options.teacher is not None:
+        other = fit_to_images(load_model(options.teacher), data, quiet)
+        teacher = teacher_for(other, loaded)
+        taught_by = {"name": other.name, "weights_sha256": other.weights_sha256}
     workers = options.workers
     if workers is None:
         in_memory = data.images.size is not None
@@ -199,10 +216,12 @@ def retrainer(
         "data_sha256": data.sha256(choose_indices(len(data), HASHED_IMAGES, seed)),
         "calibration": calibration,
         "replaced_activations": replaced,
+        "teacher": taught_by,
     }
     return functools.partial(
         retrain,
-        teacher=loaded.model,
+        teacher=teacher,
+        taught_by=taught_by,
         data=data,
         preprocessing=loaded.preprocessing,
         settings=settings,

@@ -312,11 +312,12 @@ def _retraining(report: dict[str, Any]) -> str:
         return "no retraining"
     how = retraining["settings"]
     places = " and ".join(dict.fromkeys(e.get("device", "cpu") for e in retraining["epochs"][1:]))
+    teacher = (retraining.get("teacher") or {}).get("name", "the ANN")
     return (
         f"{how['epochs']} epochs of {retraining['images']:,} images on {places} "
         f"({how['optimizer']}, rate {how['lr']:g}, batch {how['batch_size']}, distillation "
         f"{how['distill']:g}), epoch "
-        f"{retraining['chosen_epoch']} chosen by the divergence from the ANN on "
+        f"{retraining['chosen_epoch']} chosen by the divergence from {teacher} on "
         f"{retraining['held_out_images']:,} other training images; on the test images "
         f"{_percent(report['qann_float'])} % in float and {_percent(report['qann'])} % in integers"
     )

@@ -33,6 +33,7 @@ from snnconv.plan import Key, Relay, Source
 
 Observer = Callable[["Layer", Tensor], None]
 Activation = Callable[["Layer", Tensor], Tensor]
+Normalization = Callable[["Layer", int, Tensor], Tensor]
 
 
 class HasShape(Protocol):
@@ -161,13 +162,17 @@ class Layer(nn.Module):
                 target.copy_(weight)
             self.bias.copy_(bias)
 
-    def forward(self, inputs: list[Tensor]) -> Tensor:
+    def forward(self, inputs: list[Tensor], normalize: Normalization | None = None) -> Tensor:
         """Return the layer's current, `[N, C, H, W]` or `[N, F]`, from its branches' inputs."""
         total: Tensor | None = None
-        for branch, weight, x in zip(self.branches, self.weights, inputs, strict=True):
+        for j, (branch, weight, x) in enumerate(
+            zip(self.branches, self.weights, inputs, strict=True)
+        ):
             current = apply_weight(branch.kind, branch.attributes, weight, x)
             for pool in branch.pools:
                 current = average_pool(current, pool)
+            if normalize is not None:
+                current = normalize(self, j, current)
             total = current if total is None else total + current
         assert total is not None
         return total + per_channel(self.bias, total.ndim)
@@ -230,12 +235,13 @@ class Qann(nn.Module):
         offset: float = 0.5,
         observe: Observer | None = None,
         activation: Activation | None = None,
+        normalize: Normalization | None = None,
     ) -> dict[str, Tensor]:
         """Return every readout for normalised images `[N, C, H, W]`.
 
         With `timesteps` each activation is quantised to T levels of its clip, without it is the
         plain ReLU (clamped at its natural cap); another `activation` takes its place. `observe`
-        sees each population's output.
+        sees each population's output, `normalize` changes the current of a layer's branch.
         """
         if activation is None:
 
@@ -253,7 +259,7 @@ class Qann(nn.Module):
             elif isinstance(node, Island):
                 values[node.name] = node([values[i] for i in node.inputs])
             else:
-                current = node([values[b.source] for b in node.branches])
+                current = node([values[b.source] for b in node.branches], normalize)
                 if node.readout:
                     outputs[node.name] = current.reshape(len(current), *node.shape)
                 else:

@@ -37,10 +37,8 @@ def drawn(
 ) -> dict[int, Tensor]:
     data = from_arrays("d", "train", images(preprocessing.input_size[0]), np.arange(COUNT))
     order = np.arange(COUNT) if order is None else order
-    batches = [order[k : k + batch] for k in range(0, COUNT, batch)]
-    found = training_batches(
-        data, preprocessing, augmentation, batches, seed=seed, epoch=epoch, workers=workers
-    )
+    batches = [(epoch, order[k : k + batch]) for k in range(0, COUNT, batch)]
+    found = training_batches(data, preprocessing, augmentation, batches, seed=seed, workers=workers)
     return {int(n): p for pixels, labels in found for n, p in zip(labels, pixels, strict=True)}
 
 
@@ -108,8 +106,8 @@ def test_unreadable_images_are_left_out_or_refused(tmp_path: Path) -> None:
     data = open_data(str(tmp_path), "train", calibration_images=0)
 
     def sizes() -> list[int]:
-        batches = [np.arange(60), np.arange(60, 120), np.arange(1)]
-        found = training_batches(data, COLOR, Augmentation(), batches, seed=0, epoch=0)
+        batches = [(0, np.arange(60)), (0, np.arange(60, 120)), (0, np.arange(1))]
+        found = training_batches(data, COLOR, Augmentation(), batches, seed=0)
         return [len(labels) for _, labels in found]
 
     assert sizes() == [59, 60, 0]

@@ -8,12 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from snnconv.cli.main import run
+from snnconv.errors import UsageError
+from snnconv.load import load_model
+from snnconv.preprocess import Preprocessing
+from snnconv.train.teacher import Renormalized, teacher_for
 
 DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "-T", "2"]
 SHORT = [*DIGITS, "--epochs", "2", "--batch-size", "101"]
@@ -49,6 +56,63 @@ def test_the_report_says_how_it_was_retrained(
     assert evaluated["qann"]["top1_percent"] == found["qann"]["top1_percent"]
     assert run(["eval", "--data", "zoo:digits", "--ann", "zoo:digits", "--json", "-q"]) == 0
     assert output(capsys)["qann_float"] is None
+
+
+def test_another_network_can_teach(capsys: pytest.CaptureFixture[str], own_folder: Path) -> None:
+    train = [*SHORT, "--no-evaluate", "--json", "-q", "--force"]
+    itself = ["--teacher", "zoo:digits"]
+    kls = []
+    for teacher in ([], itself):
+        assert run([*train, *teacher, "-o", f"{len(teacher)}.snn.safetensors"]) == 0
+        kls.append(output(capsys)["retraining"])
+    assert kls[0]["teacher"] is None and kls[1]["teacher"]["name"] == "digits_resnet"
+    assert kls[0]["held_out_kl"] == kls[1]["held_out_kl"]
+    # Another network: the same one, dumber.
+    other = load_model("zoo:digits").model
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.7)
+    save_file(other.state_dict(), "other.safetensors", {"arch": "digits_resnet"})
+    dumber = ["--teacher", "other.safetensors"]
+    assert run([*train[:-3], "--force", *dumber, "-o", "2.snn.safetensors"]) == 0
+    assert "taught by digits_resnet" in capsys.readouterr().out
+    report = json.loads(Path("2.convert.json").read_text())["retraining"]
+    assert report["held_out_kl"] != kls[0]["held_out_kl"]
+    assert report["teacher"]["weights_sha256"] != kls[1]["teacher"]["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--teacher", "zoo:digits", "--no-distill"], "would teach nothing"),
+        (["--teacher", "zoo:digits", "--epochs", "0"], "--teacher would do nothing"),
+        (["--teacher", "nowhere.pt"], "nowhere.pt"),
+    ],
+)
+def test_teachers_that_cannot_teach_are_refused(
+    capsys: pytest.CaptureFixture[str], own_folder: Path, options: list[str], message: str
+) -> None:
+    assert run([*SHORT, *options]) in (1, 2)
+    err = capsys.readouterr().err
+    assert message in err.replace("\n", " ") and not list(own_folder.iterdir())
+
+
+def test_a_teacher_of_other_classes_or_images_is_refused() -> None:
+    digits = load_model("zoo:digits")
+    assert teacher_for(digits, digits) is digits.model
+    with pytest.raises(UsageError, match="digits_resnet knows 7 classes, digits_resnet 10"):
+        teacher_for(replace(digits, num_classes=7), digits)
+    size = replace(digits.preprocessing, input_size=(1, 9, 7))
+    with pytest.raises(UsageError, match="takes images of 1x9x7, digits_resnet of 1x"):
+        teacher_for(replace(digits, preprocessing=size), digits)
+
+
+def test_a_teacher_sees_images_as_it_was_trained_on_them() -> None:
+    own = Preprocessing((3, 4, 4), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    given = Preprocessing((3, 4, 4), (0.4, 0.4, 0.5), (0.2, 0.3, 0.9))
+    pixels = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    found = Renormalized(torch.nn.Identity(), own, given)(given.normalize(pixels))
+    torch.testing.assert_close(found, own.normalize(pixels))
 
 
 def test_a_recipe_says_how_and_options_override_it(

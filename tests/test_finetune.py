@@ -204,7 +204,7 @@ def test_images_are_augmented_as_in_retraining_but_not_alike() -> None:
     assert torch.equal(flipped, plain.flip(3))
     network.provenance["retraining"] = None
     trained = training_batches(
-        data(), network.preprocessing, Augmentation(), [indices], seed=0, epoch=0
+        data(), network.preprocessing, Augmentation(), [(0, indices)], seed=0
     )
     assert not torch.equal(next(trained)[0], first)
 

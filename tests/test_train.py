@@ -31,6 +31,7 @@ from snnconv.plan import make_plan
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import FakeQuantize, Layer
 from snnconv.train import Student, Training, TrainSettings
+from snnconv.train.batch_norm import BatchNorms
 from snnconv.train.student import _clipped
 
 RANDOM = Preprocessing(SIZE, (0.4, 0.5, 0.45), (0.25, 0.2, 0.3))
@@ -307,7 +308,11 @@ class Stopped(Exception):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"optimizer": "sgd", "lr": 0.01, "ema": 0.9, "stages": (5,)}]
+    "settings",
+    [
+        {"batch_statistics": 0.5},
+        {"optimizer": "sgd", "lr": 0.01, "ema": 0.9, "stages": (5,), "batch_statistics": 1.0},
+    ],
 )
 @pytest.mark.parametrize("step", [2, 5, 12])
 def test_an_interrupted_training_ends_with_the_same_bytes(
@@ -443,6 +448,79 @@ def test_gradient_of_the_upper_end_of_weights() -> None:
     expected = (error * scale.numpy()[:, None, None, None]).sum((1, 2, 3))
     assert np.allclose(by_log.numpy(), expected, atol=1e-4 * np.abs(expected).max())
     assert np.array_equal(by_weight.numpy() != 0, np.abs(x) <= 3)
+
+
+class Normalized(torch.nn.Module):
+    """A convolution and a shortcut, each with its BatchNorm, and one BatchNorm of counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6)
+        self.conv, self.second = torch.nn.Conv2d(6, 6, 3, padding=1), torch.nn.BatchNorm2d(6)
+        self.third = torch.nn.BatchNorm2d(6)
+        self.head = torch.nn.Linear(6, 5)
+        for norm in (self.first, self.second, self.third):
+            torch.nn.init.uniform_(norm.weight, -1.0, 1.5)
+            torch.nn.init.uniform_(norm.bias, -0.5, 1.0)
+            assert norm.running_mean is not None and norm.running_var is not None
+            torch.nn.init.uniform_(norm.running_mean, -1.0, 1.0)
+            torch.nn.init.uniform_(norm.running_var, 0.3, 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(self.stem(x)))
+        x = torch.relu(self.second(self.conv(x)) + self.third(x))
+        return self.head(x.mean((2, 3)))
+
+
+def test_batch_statistics_are_what_batch_norm_takes_in_training() -> None:
+    """Outputs, gradients and running statistics; T is so large that little is rounded."""
+    torch.manual_seed(0)
+    model = Normalized()
+    traced = trace(model, SMALL.input_size)
+    plan = make_plan(traced)
+    qann = fold(traced, plan)
+    pixels = noise(SMALL, 16)
+    calibrate_(qann, [SMALL.normalize(pixels)], 4095, "max")
+    for layer in qann.populations():
+        layer.clip.mul_(8)  # nothing reaches it
+    student = Student(traced, plan, qann, SMALL, 4095)
+    assert len(student.norms.norms) == 3
+    student.batch_statistics = True
+    found = student(pixels)["logits"]
+    found.square().sum().backward()
+    student.norms.follow_()
+    expected = model.train()(SMALL.normalize(pixels))
+    expected.square().sum().backward()
+    with torch.no_grad():
+        assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
+    trained = dict(traced.module.named_parameters())
+    for name, parameter in model.named_parameters():
+        one, two = trained[name].grad, parameter.grad
+        assert one is not None and two is not None
+        if name not in ("stem.bias", "conv.bias"):  # those BatchNorm takes away again
+            assert float((one - two).norm()) < 0.1 * float(two.norm()), name
+    buffers = dict(traced.module.named_buffers())
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(buffers[name], buffer, rtol=0.02, atol=0.005)
+    student.batch_statistics = False
+    with torch.no_grad():
+        assert float((student(pixels)["logits"] - expected).abs().max()) > 0.1
+
+
+def test_shared_batch_norms_stay_as_in_inference() -> None:
+    """One at two call sites, and one over a sum."""
+
+    class Shared(Normalized):
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.first(self.stem(x)))
+            x = torch.relu(self.second(self.conv(x)))
+            x = torch.relu(self.second(self.conv(x)))
+            return self.head(torch.relu(self.third(self.conv(x) + x)).mean((2, 3)))
+
+    traced = trace(Shared(), SMALL.input_size)
+    norms = BatchNorms(Folder(traced, make_plan(traced), torch.float32))
+    assert [norm.module for norm in norms.norms.values()] == [traced.module.first]
 
 
 def test_stages_go_through_larger_t_first(tmp_path: Path) -> None:

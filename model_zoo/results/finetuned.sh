@@ -32,7 +32,7 @@ tune() { # NAME DATA_SET
     done
   done
   [[ -e $name.baselines.json ]] ||
-    snnconv eval "${all[@]}" --data "$data/$set" --baselines -o "$name.baselines.json" --quiet
+    snnconv eval "${all[@]}" --data "$data/$set" --baselines -o "$name.baselines.json" --no-page --quiet
 }
 
 tune cifar_resnet20.cifar10-t3 cifar10

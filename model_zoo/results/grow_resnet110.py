@@ -53,16 +53,14 @@ def main(source: str, data: str, target: str) -> None:
         torch.testing.assert_close(model(noise), loaded.model(noise))
     images = open_data(data, "train")
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(images))
-    batches = [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
+    batches = [(0, order[k : k + BATCH]) for k in range(0, len(order), BATCH)]
     optimizer = torch.optim.SGD(
         model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
     )
     falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     model.train()
     started = time.monotonic()
-    training = training_batches(
-        images, loaded.preprocessing, Augmentation(), batches, seed=0, epoch=0
-    )
+    training = training_batches(images, loaded.preprocessing, Augmentation(), batches, seed=0)
     for step, (pixels, labels) in enumerate(training, 1):
         loss = F.cross_entropy(model(loaded.preprocessing.normalize(pixels)), labels)
         optimizer.zero_grad()

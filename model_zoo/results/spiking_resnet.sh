@@ -24,9 +24,9 @@ measure() { # NAME FILE T LIMIT OPTION...: convert and evaluate
   local network=$work/$1.snn.safetensors
   [[ -e $network ]] ||
     snnconv convert "$checkpoints/cifar10_resnet_akamaster/$2.th" --data "$data/cifar10" \
-      --recipe spiking_resnet -T "$3" --limit "$4" -o "$network" --quiet "${@:5}"
+      --recipe spiking_resnet -T "$3" --limit "$4" -o "$network" --no-evaluate --quiet "${@:5}"
   cp "$work/$1.convert.json" .
-  snnconv eval "$network" --data "$data/cifar10" --limit "$4" -o "$1.eval.json" --quiet
+  snnconv eval "$network" --data "$data/cifar10" --limit "$4" -o "$1.eval.json" --no-page --quiet
 }
 
 ways() { # NAME FILE T LIMIT: every way to convert it

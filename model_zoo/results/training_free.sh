@@ -23,14 +23,14 @@ network() { # NAME SOURCE DATA_SET T OPTIONS...: what the next reports are of; c
   name=$1 source=$checkpoints/$2 data_set=$data/$3
   [[ $name =~ $pattern ]] || return 0
   [[ -e $work/$name.snn.safetensors ]] ||
-    snnconv convert "$source" --data "$data_set" -T "$4" --epochs 0 -o "$work/$name.snn.safetensors" --quiet "${@:5}"
+    snnconv convert "$source" --data "$data_set" -T "$4" --epochs 0 -o "$work/$name.snn.safetensors" --no-evaluate --quiet "${@:5}"
   cp "$work/$name.convert.json" .
 }
 
 evaluate() { # SUFFIX OPTIONS...: a report of the network named last
   local report=$name-$1.eval.json
   [[ -e $report || ! $name =~ $pattern ]] ||
-    snnconv eval "$work/$name.snn.safetensors" --data "$data_set" -o "$report" --quiet "${@:2}"
+    snnconv eval "$work/$name.snn.safetensors" --data "$data_set" -o "$report" --no-page --quiet "${@:2}"
 }
 
 schedules() { # every schedule with either neuron, but for the one with --ann

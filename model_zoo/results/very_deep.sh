@@ -20,8 +20,8 @@ mkdir -p "$work"
     "$data/cifar10" "$work/resnet110.safetensors"
 [[ -e $work/$name.snn.safetensors ]] ||
   snnconv convert "$work/resnet110.safetensors" --data "$data/cifar10" -T 32 --epochs 0 --calibration mse \
-    -o "$work/$name.snn.safetensors" --quiet
+    -o "$work/$name.snn.safetensors" --no-evaluate --quiet
 cp "$work/$name.convert.json" .
 [[ -e $name-drain-signed-limit1000.eval.json ]] ||
   snnconv eval "$work/$name.snn.safetensors" --data "$data/cifar10" --limit 1000 \
-    -o "$name-drain-signed-limit1000.eval.json" --quiet --ann "$work/resnet110.safetensors"
+    -o "$name-drain-signed-limit1000.eval.json" --no-page --quiet --ann "$work/resnet110.safetensors"

@@ -7,7 +7,7 @@ processes, nor that of ranks, nor an interruption changes what a network is trai
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from snnconv.data.images import (
     NAMED,
@@ -103,21 +103,21 @@ def training_batches(
     data: ImageData,
     preprocessing: Preprocessing,
     augmentation: Augmentation,
-    batches: Sequence[np.ndarray],
+    batches: Iterable[tuple[int, np.ndarray]],
     *,
     seed: int,
-    epoch: int,
     workers: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield augmented pixels uint8 `[n, C, H, W]` and labels int64 `[n]` of each batch of indices.
+    """Yield augmented pixels uint8 `[n, C, H, W]` and labels int64 `[n]` of each batch.
 
+    A batch is an epoch and the indices of images; the processes live through all of them.
     Images that cannot be read are left out, so n may be 0, and their names kept in
     `data.unreadable`; raises DataError once they are more than one in a hundred of the data.
     """
-    dataset = _Augmented(data, preprocessing, augmentation, (seed, epoch))
+    dataset = _Augmented(data, preprocessing, augmentation, seed)
     loader = DataLoader(
         dataset,
-        batch_sampler=[b.tolist() for b in batches],
+        batch_sampler=_Keys(batches),
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # else it draws from the global one
@@ -133,28 +133,39 @@ def training_batches(
         yield pixels.view(-1, *preprocessing.input_size), labels
 
 
+class _Keys(Sampler[list[tuple[int, int]]]):
+    """Epoch and index of every image of every batch, made as they are asked for."""
+
+    def __init__(self, batches: Iterable[tuple[int, np.ndarray]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch, indices in self.batches:
+            yield [(epoch, index) for index in indices.tolist()]
+
+
 class _Augmented(Dataset[Any]):
-    """Augmented images of one epoch by index; a text is the name of one that cannot be read."""
+    """Augmented images by epoch and index; a text is the name of one that cannot be read."""
 
     def __init__(
         self,
         data: ImageData,
         preprocessing: Preprocessing,
         augmentation: Augmentation,
-        key: tuple[int, int],
+        seed: int,
     ) -> None:
-        self.data, self.preprocessing, self.key = data, preprocessing, key
+        self.data, self.preprocessing, self.seed = data, preprocessing, seed
         self.transform = augmentation.transform(preprocessing)
 
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitems__(self, indices: list[int]) -> list[tuple[np.ndarray, int] | str]:
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[tuple[np.ndarray, int] | str]:
         with _generators_kept():
-            return [self.one(i) for i in indices]
+            return [self.one(epoch, index) for epoch, index in keys]
 
-    def one(self, index: int) -> tuple[np.ndarray, int] | str:
-        state = np.random.SeedSequence([*self.key, index]).generate_state(3)
+    def one(self, epoch: int, index: int) -> tuple[np.ndarray, int] | str:
+        state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3)
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))  # timm's policies draw from the global generators
         torch.default_generator.manual_seed(int(state[2]))  # those of GPUs take no part

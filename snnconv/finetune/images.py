@@ -57,8 +57,7 @@ class Images:
             self.data,
             self.network.preprocessing,
             augmentation,
-            parts,
+            ((FIRST_EPOCH + epoch, part) for part in parts),
             seed=self.seed,
-            epoch=FIRST_EPOCH + epoch,
         ):
             yield pixels.to(self.device)

@@ -1,6 +1,7 @@
 """Quantization-aware training of a traced network (method.md, section 1; arXiv 2305.19868).
 
-What is trained are the network's own parameters, with BatchNorm as in inference, and the clips.
+What is trained are the network's own parameters, with BatchNorm as in inference, at the end at
+least, and the clips.
 Every forward pass folds them, rounds them to the integers the spiking network would hold, and
 quantises every activation to T levels; gradients pass the roundings straight. So the network that
 is trained is the one that is stored.
@@ -23,8 +24,9 @@ from snnconv.quant import Qann
 from snnconv.train.loop import Training
 from snnconv.train.settings import TrainSettings
 from snnconv.train.student import Student
+from snnconv.train.teacher import teacher_for
 
-__all__ = ["Student", "TrainSettings", "Training", "retrain"]
+__all__ = ["Student", "TrainSettings", "Training", "retrain", "teacher_for"]
 
 
 def retrain(
@@ -33,6 +35,7 @@ def retrain(
     qann: Qann,
     *,
     teacher: nn.Module,
+    taught_by: dict[str, Any] | None = None,
     data: ImageData,
     preprocessing: Preprocessing,
     timesteps: int,
@@ -47,10 +50,11 @@ def retrain(
 ) -> dict[str, Any]:
     """Retrain a calibrated network in place: the traced one's parameters, and its QANN.
 
-    `teacher` is the float network to learn from, on normalised images; `data` a training split.
-    `images` gives batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method
-    `calibration` and its `percentile`, where the settings name stages. `options` are those of
-    `Training`. Returns settings and choice as plain JSON values, for the provenance. With
+    `teacher` is the float network to learn from, on normalised images; `taught_by` names it in the
+    provenance if it is another than the one traced. `data` is a training split. `images` gives
+    batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method `calibration` and its
+    `percentile`, where the settings name stages. `options` are those of `Training`. Returns
+    settings and choice as plain JSON values, for the provenance. With
     `functools.partial` this is the `retrain` of `snnconv.convert`.
     """
 
@@ -67,4 +71,4 @@ def retrain(
         raise UsageError("training: stages need images to calibrate on, not --calibration bn")
     student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)
     training = Training(student, teacher, data, settings, recalibrate=recalibrate, **options)
-    return training.run(resume)
+    return {**training.run(resume), "teacher": taught_by}

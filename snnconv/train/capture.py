@@ -18,10 +18,17 @@ class CapturedStep:
 
     `compute` gives the loss and another tensor for pixels and labels, and must not wait for the
     GPU. A call leaves the gradients in the parameters, in tensors that the next one writes over.
+    `update`, if any, is recorded behind it: what it changes must be there already, since making it
+    would be recorded, too.
     """
 
     def __init__(
-        self, compute: Compute, parameters: Iterable[nn.Parameter], pixels: Tensor, labels: Tensor
+        self,
+        compute: Compute,
+        parameters: Iterable[nn.Parameter],
+        pixels: Tensor,
+        labels: Tensor,
+        update: Callable[[], None] | None = None,
     ) -> None:
         """Record. Raises RuntimeError for a network that cannot be recorded."""
         self.pixels, self.labels = pixels.clone(), labels.clone()
@@ -36,9 +43,12 @@ class CapturedStep:
         self._forget()
         self.graph = torch.cuda.CUDAGraph()
         # Where recording fails, torch leaves its own stream as the current one.
-        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(self.graph):
+        recording = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
+        with torch.cuda.stream(torch.cuda.current_stream()), recording:
             loss, self.hits = compute(self.pixels, self.labels)
             loss.backward()
+            if update is not None:
+                update()
         self.loss = loss.detach()
         self.gradients = [parameter.grad for parameter in self.parameters]
 

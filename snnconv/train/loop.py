@@ -7,9 +7,10 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,13 @@ from snnconv.train.student import Student
 # A state is written after every epoch, and in between when it is this old.
 SAVE_SECONDS = 60.0
 TIMED_STEPS = 5
+# How often the loss of a training on a GPU is looked at.
+READ_SECONDS = 0.5
 # Augmentation of held-out images is that of an epoch that never comes.
 HELD_OUT_EPOCH = 2**31 - 1
 HELD_OUT_SHARE = 0.1
+# Held-out images of so many bytes stay in memory.
+KEPT_BYTES = 2**28
 # In this last share of the epochs nothing is computed in half precision.
 EXACT_SHARE = 0.25
 
@@ -88,7 +93,6 @@ class Training:
         Raises DataError for too few images, UsageError for what cannot be retrained and for an
         optimizer timm has not.
         """
-        from timm.optim import create_optimizer_v2
         from timm.scheduler import CosineLRScheduler
 
         self.student, self.teacher = student.to(device), teacher.to(device).eval()
@@ -112,15 +116,11 @@ class Training:
         self.steps = len(self.indices) // self.batch
         if self.batch < distributed.size():
             raise UsageError(f"a batch of {self.batch} images cannot be shared by more processes")
-        groups = _groups(student, settings)
-        try:
-            self.optimizer = create_optimizer_v2(
-                groups, opt=settings.optimizer, lr=settings.lr, momentum=settings.momentum
-            )
-        except (ValueError, AssertionError, TypeError) as error:
-            raise UsageError(
-                f"training: timm has no optimizer {settings.optimizer!r} ({first_line(error)})"
-            ) from error
+        self.optimizer = self._optimizer({"capturable": True} if self._can_capture() else {})
+        # The rates that a recorded step of the optimizer reads; None if it cannot be recorded.
+        self.rates: list[Tensor] | None = None
+        if self.optimizer.defaults.get("capturable"):
+            self.rates = [torch.zeros((), device=device) for _ in self.optimizer.param_groups]
         total = self.steps * settings.epochs
         self.schedule = CosineLRScheduler(
             self.optimizer,
@@ -129,13 +129,38 @@ class Training:
             t_in_epochs=False,
         )
         self.at = _Progressed()
-        self.ema = [p.detach().clone() for p in student.trained()] if settings.ema else None
+        self.ema = self._copies() if settings.ema else None
         self.best: list[Tensor] | None = None
         self.readout = _classifier(student.qann)
         self.teacher_logits: dict[int, Tensor] = {}
-        self.captured: dict[tuple[int, bool], CapturedStep | None] = {}
+        self.captured: dict[tuple[int, bool, bool], CapturedStep | None] = {}
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.begun = False  # whether a step has been taken by this process
         self.clock = _Clock()
+        # What the last steps found on the device, [loss, hits, images], and when it was last read.
+        self.sums: Tensor | None = None
+        self.read = time.monotonic()
         settings.augmentation.transform(self.preprocessing)  # complains before anything is done
+
+    def _optimizer(self, options: dict[str, Any]) -> torch.optim.Optimizer:
+        """Build timm's optimizer, without options that it has not."""
+        from timm.optim import create_optimizer_v2
+
+        settings = self.settings
+        try:
+            return create_optimizer_v2(
+                _groups(self.student, settings),
+                opt=settings.optimizer,
+                lr=settings.lr,
+                momentum=settings.momentum,
+                **options,
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            if options:
+                return self._optimizer({})
+            raise UsageError(
+                f"training: timm has no optimizer {settings.optimizer!r} ({first_line(error)})"
+            ) from error
 
     def run(self, resume: bool = False) -> dict[str, Any]:
         """Train, and leave the best epoch's parameters in the student and its QANN.
@@ -158,7 +183,7 @@ class Training:
                 self.announce("the same command with --resume goes on with the retraining")
             raise
         assert self.best is not None
-        _assign(self.student.trained(), self.best)
+        _assign(self.student.state(), self.best)
         for module in (self.student, self.student.qann, self.teacher):
             module.cpu()
         self.student.refresh()
@@ -173,7 +198,7 @@ class Training:
 
     def _train(self) -> None:
         """Go through the epochs that are left."""
-        model = self._shared()
+        model, batches = self._shared(), self._batches()
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
@@ -181,7 +206,7 @@ class Training:
                 self._enter_stage(0)
                 self._finish_epoch(0.0)
             while self.at.epoch < self.settings.epochs:
-                self._epoch(model)
+                self._epoch(model, batches)
 
     def _shared(self) -> nn.Module:
         if distributed.size() == 1:
@@ -203,33 +228,38 @@ class Training:
             self.recalibrate(timesteps)
             self.student.take_clips()
             if self.ema is not None:
-                self.ema = [p.detach().clone() for p in self.student.trained()]
+                self.ema = self._copies()
         self.student.timesteps = timesteps
 
-    def _epoch(self, model: nn.Module) -> None:
+    def _epoch(self, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         at, epoch = self.at, self.at.epoch
+        early = epoch < round(self.settings.batch_statistics * self.settings.epochs)
+        self.student.batch_statistics = early
         started = saved = time.monotonic()
-        for pixels, labels in self._batches(epoch, at.step):
-            loss, hits, images = self._step(model, pixels.to(self.device), labels.to(self.device))
-            at.loss, at.hits, at.images = at.loss + loss, at.hits + hits, at.images + images
+        for pixels, labels in islice(batches, self.steps - at.step):
+            self._step(model, self._moved(pixels), self._moved(labels))
             at.step += 1
             self.progress(
                 "retrain",
                 epoch * self.steps + at.step,
                 self.steps * self.settings.epochs,
-                f"epoch {epoch + 1}/{self.settings.epochs}, loss {at.loss / at.step:.3f}, "
+                f"epoch {epoch + 1}/{self.settings.epochs}, loss {self._mean_loss():.3f}, "
                 f"held-out KL {at.best_score:.4f}",
             )
             if (seconds := self.clock.step()) is not None:
                 self._estimate(seconds)
             if time.monotonic() - saved > SAVE_SECONDS and at.step < self.steps:
+                self._read_sums()
                 at.seconds += time.monotonic() - started
                 started = saved = time.monotonic()
                 self._save()
+        self._read_sums()
         at.seconds += time.monotonic() - started
+        self.student.batch_statistics = False
+        self._average_statistics()
         self._require_finite()
         at.epoch, at.step = epoch + 1, 0
-        self._finish_epoch(self.optimizer.param_groups[0]["lr"])
+        self._finish_epoch(float(self.optimizer.param_groups[0]["lr"]))
         if at.epoch < self.settings.epochs:
             self._enter_stage(at.epoch)
         self._save()
@@ -244,20 +274,32 @@ class Training:
             "continued with --resume"
         )
 
-    def _batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's share of the batches of an epoch from `first` on."""
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        order = generator.permutation(self.indices)
-        batches = [order[k * self.batch : (k + 1) * self.batch] for k in range(first, self.steps)]
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's share of all batches that are left."""
+
+        def batches(epoch: int, step: int) -> Iterator[tuple[int, np.ndarray]]:
+            while epoch < self.settings.epochs:
+                generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+                order = generator.permutation(self.indices)
+                for k in range(step, self.steps):
+                    batch = order[k * self.batch : (k + 1) * self.batch]
+                    yield epoch, distributed.share(batch)
+                epoch, step = epoch + 1, 0
+
         return training_batches(
             self.data,
             self.preprocessing,
             self.settings.augmentation,
-            [distributed.share(b) for b in batches],
+            batches(self.at.epoch, self.at.step),
             seed=self.seed,
-            epoch=epoch,
             workers=self.workers,
         )
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """Bring a tensor to the device, without waiting for it."""
+        if not self.device.startswith("cuda"):
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _precision(self) -> Any:
         """Return the context of a forward pass: bfloat16 on a GPU, but not near the end."""
@@ -271,24 +313,71 @@ class Training:
         early = self.at.epoch < self.settings.epochs - last
         return self.settings.amp and early and self.device.startswith("cuda")
 
-    def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[float, int, int]:
-        """Take one step on this rank's share of a batch; return loss, hits and images of all."""
+    def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> None:
+        """Take one step on this rank's share of a batch."""
+        self._set_rates()
+        loss, hits, updated = self._gradients(model, pixels, labels)
+        here = [loss / distributed.size(), hits, torch.full_like(hits, len(labels))]
+        sums = distributed.sum_over_ranks(torch.stack([v.double() for v in here]))
+        self.sums = sums if self.sums is None else self.sums + sums
+        if self._may_wait():
+            self._read_sums()
+        if not updated:
+            self._update()
+        self.begun = True
+        if self.ema is not None:
+            torch._foreach_lerp_(self.ema, self.student.state(), 1 - self.settings.ema)
+
+    def _set_rates(self) -> None:
+        """Set the learning rates of the step that comes."""
         self.schedule.step_update(self.at.epoch * self.steps + self.at.step)
-        loss, hits = self._gradients(model, pixels, labels)
-        here = [loss.double() / distributed.size(), hits, torch.tensor(len(labels))]
-        sums = distributed.sum_over_ranks(torch.stack([v.double().to(hits.device) for v in here]))
-        value, *counts = sums.tolist()
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss is {value} at step {self.at.step + 1}")
+        if self.rates is not None:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate.fill_(group["lr"])
+
+    def _update(self) -> None:
+        """Move all that training changes, by the gradients and statistics that are there."""
         self.optimizer.step()
         self.student.bound_()
-        if self.ema is not None:
-            for average, parameter in zip(self.ema, self.student.trained(), strict=True):
-                average.lerp_(parameter.detach(), 1 - self.settings.ema)
-        return value, int(counts[0]), int(counts[1])
+        if self.student.batch_statistics:
+            self.student.norms.follow_()
 
-    def _gradients(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the gradients; return this rank's part of the loss and its hits."""
+    def _may_wait(self) -> bool:
+        """Return whether to look at the loss now: on a GPU that means to wait for it.
+
+        Ranks must stop at the same step.
+        """
+        alone_on_gpu = self.device.startswith("cuda") and distributed.size() == 1
+        timing = self.clock.steps <= TIMED_STEPS
+        return timing or not alone_on_gpu or time.monotonic() - self.read > READ_SECONDS
+
+    def _read_sums(self) -> None:
+        """Add up what steps have found since the last time.
+
+        Raises SnnconvError if the loss is not finite.
+        """
+        self.read = time.monotonic()
+        if self.sums is None:
+            return
+        loss, hits, images = self.sums.tolist()
+        self.sums = None
+        if not math.isfinite(loss):
+            step = min(self.at.step + 1, self.steps)
+            raise self._diverged(f"the loss is {loss} at step {step}")
+        at = self.at
+        at.loss, at.hits, at.images = at.loss + loss, at.hits + int(hits), at.images + int(images)
+
+    def _mean_loss(self) -> float:
+        """Return the mean of the epoch's losses that have been read."""
+        return self.at.loss * self.batch / max(1, self.at.images)
+
+    def _gradients(
+        self, model: nn.Module, pixels: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Compute the gradients; return this rank's part of the loss and its hits.
+
+        The last value tells whether the update has been made, too.
+        """
 
         def compute(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             with self._precision():
@@ -299,18 +388,19 @@ class Training:
             loss = loss * (len(labels) * distributed.size() / self.batch)
             return loss, (logits.argmax(1) == labels).sum()
 
-        if self._can_capture() and len(labels) == self.batch:
-            key = self.student.timesteps, self._in_half()
+        # In the first step libraries and the optimizer make what they keep.
+        if self._can_capture() and self.begun and len(labels) == self.batch:
+            key = self.student.timesteps, self._in_half(), self.student.batch_statistics
             if key not in self.captured:
                 self.captured.clear()  # its memory is free for the next
                 self.captured[key] = self._capture(compute, pixels, labels)
             step = self.captured[key]
             if step is not None:
-                return step(pixels, labels)
+                return *step(pixels, labels), self.rates is not None
         self.optimizer.zero_grad(set_to_none=True)
         loss, hits = compute(pixels, labels)
         loss.backward()
-        return loss.detach(), hits
+        return loss.detach(), hits, False
 
     def _can_capture(self) -> bool:
         return self.device.startswith("cuda") and distributed.size() == 1
@@ -318,7 +408,8 @@ class Training:
     def _capture(self, compute: Compute, pixels: Tensor, labels: Tensor) -> CapturedStep | None:
         """Record a step, or say that it cannot be."""
         try:
-            return CapturedStep(compute, self.student.trained(), pixels, labels)
+            update = self._update if self.rates is not None else None
+            return CapturedStep(compute, self.student.trained(), pixels, labels, update)
         except RuntimeError as error:
             self.announce(f"steps are not recorded as a CUDA graph: {first_line(error)}")
             return None
@@ -331,8 +422,8 @@ class Training:
 
     def _require_finite(self) -> None:
         """Raise SnnconvError if a parameter has become infinite or undefined."""
-        for parameter in self.student.trained():
-            if not bool(parameter.isfinite().all()):
+        for tensor in self.student.state():
+            if not bool(tensor.isfinite().all()):
                 where = f"after step {self.at.step}"
                 raise self._diverged(f"a parameter is infinite or undefined {where}")
 
@@ -373,15 +464,15 @@ class Training:
     def _finish_epoch(self, lr: float) -> None:
         """Measure the integer network on held-out images, keep it if it is the best so far."""
         begun = time.monotonic()
-        at, current = self.at, [p.detach().clone() for p in self.student.trained()]
+        at, current = self.at, self._copies()
         if self.ema is not None:
-            _assign(self.student.trained(), self.ema)
+            _assign(self.student.state(), self.ema)
         kl, accuracy = self._measure()
         self.clock.measuring = time.monotonic() - begun
         if self.student.timesteps == self.timesteps and kl < at.best_score:
             at.best_score, at.best_epoch = kl, at.epoch
-            self.best = [p.detach().clone() for p in self.student.trained()]
-        _assign(self.student.trained(), current)
+            self.best = self._copies()
+        _assign(self.student.state(), current)
         line = {
             "epoch": at.epoch,
             "timesteps": self.student.timesteps,
@@ -406,6 +497,15 @@ class Training:
             name = torch.cuda.get_device_name(name)
         return name if distributed.size() == 1 else f"{distributed.size()} x {name}"
 
+    def _copies(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.student.state()]
+
+    def _average_statistics(self) -> None:
+        """Let every rank have the same statistics of BatchNorm."""
+        if distributed.size() > 1:
+            for tensor in self.student.norms.statistics():
+                tensor.copy_(distributed.sum_over_ranks(tensor) / distributed.size())
+
     def _measure(self) -> tuple[float, float]:
         """Return KL to the float network and top-1 in percent of the integers, on held-out images.
 
@@ -413,19 +513,8 @@ class Training:
         """
         network = self.network()
         runner = prepare(network, network.timesteps, device=self.device)
-        count = -(-len(self.held_out) // default_batch(self.preprocessing))
-        parts = np.array_split(self.held_out, count)
         kl, hits, seen = 0.0, 0, 0
-        images = training_batches(
-            self.data,
-            self.preprocessing,
-            self.settings.augmentation,
-            distributed.share(parts),
-            seed=self.seed,
-            epoch=HELD_OUT_EPOCH,
-            workers=self.workers,
-        )
-        for i, (pixels, labels) in enumerate(images):
+        for i, (pixels, labels) in enumerate(self._held_out_batches()):
             if not len(labels):
                 continue
             pixels = pixels.to(self.device)
@@ -443,6 +532,25 @@ class Training:
         sums = distributed.sum_over_ranks(torch.tensor([kl, hits, seen], dtype=torch.float64))
         return float(sums[0] / sums[2]), float(100 * sums[1] / sums[2])
 
+    def _held_out_batches(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return this rank's held-out images, augmented; they are kept if there are few."""
+        if self.kept:
+            return self.kept
+        count = -(-len(self.held_out) // default_batch(self.preprocessing))
+        parts = distributed.share(np.array_split(self.held_out, count))
+        batches = training_batches(
+            self.data,
+            self.preprocessing,
+            self.settings.augmentation,
+            ((HELD_OUT_EPOCH, part) for part in parts),
+            seed=self.seed,
+            workers=self.workers,
+        )
+        if len(self.held_out) * math.prod(self.preprocessing.input_size) > KEPT_BYTES:
+            return batches
+        self.kept = list(batches)
+        return self.kept
+
     def _save(self) -> None:
         if self.state is None or distributed.rank() != 0:
             return
@@ -451,7 +559,7 @@ class Training:
             "identity": self.identity,
             "at": asdict(self.at),
             "timesteps": self.student.timesteps,
-            "parameters": [p.detach() for p in self.student.trained()],
+            "parameters": self.student.state(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema,
             "best": self.best,
@@ -464,7 +572,7 @@ class Training:
         """Continue from a state that has been read."""
         self.at = _Progressed(**found["at"])
         self.student.timesteps = found["timesteps"]
-        _assign(self.student.trained(), found["parameters"])
+        _assign(self.student.state(), found["parameters"])
         self.optimizer.load_state_dict(found["optimizer"])
         self.best = found["best"] and [b.to(self.device) for b in found["best"]]
         self.ema = found["ema"] and [e.to(self.device) for e in found["ema"]]
@@ -540,10 +648,9 @@ def _groups(student: Student, settings: TrainSettings) -> list[dict[str, Any]]:
     ]
 
 
-def _assign(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)
+def _assign(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def _differences(found: Any, wanted: Any, path: str = "") -> list[str]:

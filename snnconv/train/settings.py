@@ -21,6 +21,7 @@ BOUNDS = {
     "temperature": (0.1, 100),
     "ema": (0, 0.9999),
     "held_out": (1, 10**9),
+    "batch_statistics": (0, 1),
 }
 
 
@@ -33,7 +34,9 @@ class TrainSettings:
     `distill` is the weight of the divergence from the float network at `temperature`; the cross
     entropy of the labels has the rest. `ema` is the decay of an exponential moving average of the
     parameters, 0 for none. `stages` are larger T to go through first, each for an equal share of
-    the epochs (Fast-SNN trains 32, 4, 3, 2 bits, each from the one before). `held_out` training
+    the epochs (Fast-SNN trains 32, 4, 3, 2 bits, each from the one before). In the first
+    `batch_statistics` of the epochs, a share, BatchNorm takes the mean and variance of each batch;
+    in the others those it has gathered, as the spiking network does. `held_out` training
     images, a tenth of all at most, are kept apart to choose the epoch by. `amp` holds on GPUs only.
     """
 
@@ -50,6 +53,7 @@ class TrainSettings:
     ema: float = 0.0
     amp: bool = True
     stages: tuple[int, ...] = ()
+    batch_statistics: float = 0.0
     held_out: int = 5000
     augmentation: Augmentation = field(default_factory=Augmentation)
 

@@ -24,6 +24,7 @@ from snnconv.normalize import (
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Branch, Layer, Observer, Qann
+from snnconv.train.batch_norm import BatchNorms
 
 # Smallest upper end of weights of few bits, as a share of a row's largest weight.
 SMALLEST_WEIGHT_CLIP = 1e-3
@@ -71,6 +72,9 @@ class Student(nn.Module):
         self.folders = {
             dtype: Folder(traced, plan, dtype) for dtype in (torch.float32, torch.float64)
         }
+        self.norms = BatchNorms(self.folders[torch.float32])
+        # Whether BatchNorm takes a batch's own mean and variance.
+        self.batch_statistics = False
         # No submodule: its tensors follow from this module's parameters.
         object.__setattr__(self, "qann", qann)
         self.log_clips = nn.ParameterList(
@@ -112,6 +116,10 @@ class Student(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """Return the parameters that training moves."""
         return [p for p in self.parameters() if p.requires_grad]
+
+    def state(self) -> list[Tensor]:
+        """Return all that training changes: the parameters, and the statistics of BatchNorm."""
+        return [*(p.detach() for p in self.trained()), *self.norms.statistics()]
 
     def take_clips(self) -> None:
         """Take the clips of the QANN, after a calibration."""
@@ -177,9 +185,17 @@ class Student(nn.Module):
             self.qann,
             tensors,
             (images, self.timesteps),
-            {"offset": rounding_offset(self.initial_membrane), "observe": observe},
+            {
+                "offset": rounding_offset(self.initial_membrane),
+                "observe": observe,
+                "normalize": self._normalize if self.batch_statistics else None,
+            },
         )
         return outputs
+
+    def _normalize(self, layer: Layer, branch: int, current: Tensor) -> Tensor:
+        index = next(i for i, (found, _) in enumerate(self.layers) if found is layer)
+        return self.norms.normalize(index, branch, current)
 
 
 def _clipped(
