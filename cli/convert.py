@@ -180,8 +180,9 @@ def command(
     CHECKPOINT is a file (.pt .pth .th .tar .safetensors), NAME a timm name, also with a tag or as
     hf-hub:REPO or local-dir:DIR, and zoo:NAME a network of the zoo. The training split of the data
     calibrates and retrains; on the test split the accuracies are measured and stored (--limit N
-    takes only N of its images). Data of one part are divided, and calibrate only. The result is
-    verified on a sample of images before it is written. Then the test images are simulated.
+    takes only N of its images). Data of one part are divided; what calibrates is retrained on if
+    --epochs or a recipe asks for it. The result is verified on a sample of images before it is
+    written. Then the test images are simulated.
     """
     start = time.perf_counter()
     parsed_drain = parse_drain(drain)
@@ -234,10 +235,13 @@ def command(
         train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
         loaded = fit_to_images(loaded, train, quiet)
         indices = choose_indices(len(train), calibration_images, seed)
-    if train is None or train.note:
+    measured = calibration == "bn"  # data of one part are, all of them
+    if train is None or (train.note and (measured or not training.epochs_asked(recipe))):
         why = "no data given" if train is None else "the data have no training part"
         training.refuse_without_training(f"{why}: nothing to retrain on")
         settings = None
+    elif train.note and settings is not None:
+        console.note("the images that calibrate are those to retrain on, too", quiet)
     if settings is not None:
         files.require_free(training.resume, force)
         if calibration == "reconstruct":

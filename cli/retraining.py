@@ -68,6 +68,10 @@ class TrainOptions:
             raise UsageError("without distillation a --teacher would teach nothing")
         return settings
 
+    def epochs_asked(self, recipe: Recipe | None) -> bool:
+        """Return whether the options or the recipe name a number of epochs."""
+        return self.epochs is not None or bool(recipe and "epochs" in recipe.train)
+
     def refuse_without_training(self, why: str) -> None:
         """Raise UsageError if the command line has an option that only retraining heeds."""
         context = click.get_current_context()
@@ -86,7 +90,7 @@ _OPTIONS = (
         "--epochs",
         type=click.IntRange(min=0),
         help="Epochs of quantized retraining; 0 converts without training.  [default: the "
-        "recipe's, else 12; without training images 0]",
+        "recipe's, else 12; without a training split 0]",
     ),
     click.option(
         "--lr",

@@ -32,6 +32,8 @@ PATIENCE = 3
 ROUNDS = 3
 # Counts of all steps of one layer's largest plane that are computed at once.
 NUMBERS_AT_ONCE = 2**26
+# What arrives at a layer does not depend on its bias: it is kept up to so many bytes.
+ARRIVED_BYTES = 2**32
 
 
 def compensate(
@@ -142,8 +144,12 @@ def with_biases(
         for number, position in enumerate(positions):
             node: Any = nodes[position]
             unit = node.clip / node.threshold
+            memory = ARRIVED_BYTES
+            for course in courses:
+                course.advance(nodes, position)
+                memory -= course.remember(node, memory)
             for _ in range(ROUNDS):
-                missing = wanted[node.name] - _mean_spikes(nodes, position, node, courses)
+                missing = wanted[node.name] - _mean_spikes(node, courses)
                 added = (missing / unit).round().to(torch.int32)
                 node = replace(node, bias=node.bias + added)
             nodes[position] = node
@@ -151,14 +157,11 @@ def with_biases(
     return replace(network, nodes=tuple(nodes))
 
 
-def _mean_spikes(
-    nodes: Sequence[Any], position: int, node: Population, courses: Sequence[Course]
-) -> Tensor:
+def _mean_spikes(node: Population, courses: Sequence[Course]) -> Tensor:
     """Return the mean value of a layer's spikes at T per channel, float64 `[C]`."""
     total, images = torch.zeros_like(node.clip), 0
     for course in courses:
-        course.advance(nodes, position)
-        spikes = course.fired(node)[-1]
+        spikes = course.last(node)
         total += _channel_means(spikes)
         images += len(spikes)
     return total / images * node.clip / course.engine.timesteps

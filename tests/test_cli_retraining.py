@@ -202,16 +202,25 @@ def test_conversion_without_training_leaves_an_interrupted_one_alone(
     assert Path("digits.train.pt").read_bytes() == b"hours of work"
 
 
-def test_data_of_one_part_are_not_retrained_on(
+def test_data_of_one_part_are_retrained_on_only_if_asked(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
     np.savez("all.npz", images=images, labels=np.arange(60) % 10)
     one = ["convert", "zoo:digits", "--data", "all.npz", "--calibration-images", "20"]
-    assert run([*one, "--epochs", "1", "-q"]) == 2
+    assert run([*one, "--lr", "0.1", "-q"]) == 2
+    assert "no training part: nothing to retrain on; --lr" in capsys.readouterr().err
+    assert run([*one, "--epochs", "1", "--calibration", "bn", "-q"]) == 2
     assert "no training part: nothing to retrain on; --epochs" in capsys.readouterr().err
     assert run([*one, "--json", "-q"]) == 0
     assert output(capsys)["retraining"] is None
+    assert run([*one, "--epochs", "1", "--json", "--force"]) == 0
+    out, err = capsys.readouterr()
+    retraining = json.loads(out)["retraining"]
+    assert (retraining["images"], retraining["held_out_images"]) == (18, 2)
+    assert "images that calibrate are those to retrain on" in err
+    assert run(["eval", "--data", "all.npz", "--json", "-q"]) == 0
+    assert output(capsys)["images"] == 40
 
 
 def snnconv(arguments: list[str], folder: Path, *launcher: str) -> subprocess.Popen[str]:

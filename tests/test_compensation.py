@@ -12,10 +12,19 @@ from torch import Tensor
 
 from snnconv.checkpoint import load_network
 from snnconv.cli.main import run
-from snnconv.compensation import GAINS, PATIENCE, compensate, gain_divergences, with_gain
+from snnconv.compensation import (
+    GAINS,
+    PATIENCE,
+    compensate,
+    gain_divergences,
+    with_biases,
+    with_gain,
+)
+from snnconv.engine import counts
 from snnconv.engine.reference import Engine as Reference
 from snnconv.errors import NotEqualError, UsageError
-from snnconv.network import SpikingNetwork
+from snnconv.finetune import Course
+from snnconv.network import Population, SpikingNetwork
 from snnconv.pipeline import Conversion, check_equal, convert
 
 HELD_OUT = images(40, 7)
@@ -52,6 +61,40 @@ def test_biases_take_the_mean_error_away(name: str) -> None:
     for old, new in zip(conversion.network.populations, network.populations, strict=True):
         assert torch.equal(old.threshold, new.threshold)
         assert old.branches == new.branches
+
+
+@pytest.mark.parametrize("memory", [0, 200_000])
+def test_what_is_kept_in_memory_changes_no_bias(
+    monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    conversion = converted("residual", timesteps=8, **UNSIGNED)
+    batches = [images(5), images(3)]
+    expected = with_biases(conversion.network, conversion.qann, batches)
+    remembered: list[int] = []
+    remember = Course.remember
+    monkeypatch.setattr("snnconv.compensation.ARRIVED_BYTES", memory)
+    monkeypatch.setattr(
+        Course, "remember", lambda *a: remembered.append(remember(*a)) or remembered[-1]
+    )
+    found = with_biases(conversion.network, conversion.qann, batches)
+    for one, two in zip(found.populations, expected.populations, strict=True):
+        assert torch.equal(one.bias, two.bias)
+    assert 0 in remembered and bool(memory) == any(remembered)
+
+
+@pytest.mark.parametrize("neuron", ["signed", "unsigned"])
+@pytest.mark.parametrize("start", ["half", "zero"])
+def test_the_last_counts_are_those_of_a_simulation(neuron: str, start: str) -> None:
+    network = converted("concat", timesteps=5, neuron=neuron, initial_membrane=start).network
+    pixels = images(6)
+    trace = Reference(network, 5).simulate(pixels, network.timetable(name="paper"))
+    course = Course(counts.Engine(network, 5), pixels)
+    for position, node in enumerate(network.nodes):
+        if isinstance(node, Population):
+            course.advance(network.nodes, position)
+            course.remember(node, 10**9)
+            assert torch.equal(course.last(node).long(), trace.counts[node.name].long())
+            assert torch.equal(course.last(node), course.fired(node)[-1])
 
 
 def test_a_gain_multiplies_charges_but_no_bias() -> None:

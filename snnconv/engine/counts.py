@@ -316,6 +316,8 @@ class Simulation:
         self.spikes = {p.name: self._zeros(2, dtype=torch.int64) for p in self.network.populations}
         self.last_spike = self._zeros(dtype=torch.int64)
         self.charges: dict[str, list[Tensor]] = {r.name: [] for r in self.network.readouts}
+        # What arrives at nodes where somebody has computed it before.
+        self.known: dict[str, Tensor] = {}
         # Events of maps, and negative spikes, of every neuron `[*shape]`, if they are watched.
         self.watches = False
         self.moved: dict[str, Tensor] = {}
@@ -482,7 +484,9 @@ class Simulation:
         return total + self.engine.charge(node).bias_charge(injected, total.ndim)
 
     def arrived(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
-        """Return the accumulated charge without the bias."""
+        """Return the accumulated charge without the bias, to write over."""
+        if node.name in self.known:
+            return self.known[node.name].clone(memory_format=torch.preserve_format)
         charge = self.engine.charge(node)
         total: Tensor | None = None
         for i, synapse in enumerate(node.branches):
@@ -549,6 +553,23 @@ class Simulation:
                 spikes[i], counts[i] = 0, count
             count = counts[i]
         return counts, per_image(spikes.abs_().flatten(0, 1)).view(len(steps), -1)
+
+    def last(self, node: Population, values: dict[str, Any], steps: range) -> Tensor:
+        """Return the counts after the last of the first steps, `[N, ...]`, and keep no others."""
+        arrived = self.known.get(node.name)
+        if arrived is None:
+            arrived = self.arrived(node, values, steps)
+        injected = self._injections(steps, node.depth)
+        down = -1 if self.network.signed(node) else 0
+        count = self.initial(node)
+        for i, t in enumerate(steps):
+            if self.schedule.fires(t, node.depth):
+                charge, bias_steps = (
+                    x[i : i + 1] if len(x) > 1 else x for x in (arrived, injected)
+                )
+                target = self.engine.settled(node, charge.clone(), bias_steps)[0]
+                count += target.sub_(count).clamp_(down, 1)
+        return count
 
     def _fire_at_once(
         self, node: Population, values: dict[str, Any], steps: range, active: list[bool]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ class Course:
 
     `values` are those after each step, `[T or 1, N, ...]`, `ends` what the network before tuning
     ends at, `[1, N, ...]`: both of the nodes that are still read. `target` is the end of the
-    population the batch has come to.
+    population the batch has come to. `arrived` is the charge without the bias that arrives there
+    in each step, once it has been remembered.
     """
 
     def __init__(self, engine: counts.Engine, pixels: Tensor) -> None:
@@ -32,6 +34,7 @@ class Course:
         self.values: dict[str, Tensor] = {}
         self.ends: dict[str, Tensor] = {}
         self.target: Tensor | None = None
+        self.arrived: dict[str, Tensor] = {}
         self.position = 0
 
     @property
@@ -55,7 +58,24 @@ class Course:
             for name in self.engine.last_use.get(at, ()):
                 self.values.pop(name, None)
                 self.ends.pop(name, None)
+            self.arrived.clear()
         self.position, self.target = position, self._end(originals[position])
+
+    def remember(self, node: Any, memory: int) -> int:
+        """Compute what arrives at the population come to, if it takes no more than some bytes.
+
+        It serves whatever bias the population has. Returns the bytes taken.
+        """
+        steps = range(1, self.engine.timesteps + 1)
+        arrived = self.arrived.get(node.name)
+        if arrived is None:
+            charge = self.engine.charge(node).dtype
+            size = len(steps) * len(self.pixels) * math.prod(node.shape)
+            if size * charge.itemsize > memory:
+                return 0
+            arrived = self._simulation().arrived(node, self.values, steps)
+            self.arrived = {node.name: arrived}
+        return arrived.numel() * arrived.element_size()
 
     def _end(self, node: Any) -> Tensor:
         end: Tensor = self.engine.end_value(node, self.ends, self.pixels)
@@ -65,11 +85,18 @@ class Course:
         schedule = self.engine.network.timetable(self.engine.timesteps, name=SCHEDULE)
         return self.engine.simulation(self.pixels, schedule)
 
+    def last(self, node: Any) -> Tensor:
+        """Return the counts after T steps of a population that reads what is here, `[N, ...]`."""
+        simulation = self._simulation()
+        simulation.known = self.arrived
+        return simulation.last(node, self.values, range(1, self.engine.timesteps + 1))
+
     def fired(self, node: Any, simulation: counts.Simulation | None = None) -> Tensor:
         """Return the counts of a node that reads what is here, `[T or 1, N, ...]`."""
         steps = range(1, self.engine.timesteps + 1)
         fired = torch.zeros(len(steps), len(self.pixels), dtype=torch.int64)
         simulation = simulation or self._simulation()
+        simulation.known = self.arrived
         value: Tensor = simulation.value(node, self.values, steps, fired.to(self.pixels.device))
         return value
 
