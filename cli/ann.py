@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from snnconv.errors import UsageError
+from snnconv.errors import CheckpointError, UsageError
 
 from . import console
 
@@ -24,17 +24,23 @@ def stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
 
 
 def load_ann(source: str, network: Any) -> Any:
-    """Load the model a network was made from. Raises UsageError if it has other weights."""
+    """Load the model a network was made from. Raises UsageError if it is another."""
     from snnconv.load import load_model
 
     if not network.model:
         raise UsageError("--ann: the checkpoint does not say which network it was made from")
-    loaded = load_model(
-        source,
-        arch=network.model["name"],
-        model_args=network.model.get("args", {}),
-        channels=network.model.get("channels"),
-    )
+    name = network.model["name"]
+    try:
+        loaded = load_model(
+            source,
+            arch=name,
+            model_args=network.model.get("args", {}),
+            channels=network.model.get("channels"),
+        )
+    except CheckpointError as error:
+        if not error.problems:
+            raise
+        raise UsageError(f"--ann {source}: the checkpoint was made from a {name}") from error
     if loaded.weights_sha256 != network.model["weights_sha256"]:
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
     return loaded.model
