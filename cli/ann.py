@@ -40,7 +40,8 @@ def load_ann(source: str, network: Any) -> Any:
     except CheckpointError as error:
         if not error.problems:
             raise
-        raise UsageError(f"--ann {source}: the checkpoint was made from a {name}") from error
+        what = f"--ann {source}: no weights of the {name} that the checkpoint was made from"
+        raise UsageError(what, error.problems) from error
     if loaded.weights_sha256 != network.model["weights_sha256"]:
         raise UsageError(f"--ann {source}: the checkpoint was made from other weights")
     return loaded.model

@@ -235,13 +235,20 @@ def command(
         train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
         loaded = fit_to_images(loaded, train, quiet)
         indices = choose_indices(len(train), calibration_images, seed)
-    measured = calibration == "bn"  # data of one part are, all of them
-    if train is None or (train.note and (measured or not training.epochs_asked(recipe))):
-        why = "no data given" if train is None else "the data have no training part"
-        training.refuse_without_training(f"{why}: nothing to retrain on")
+    if train is None or (train.note and not training.epochs_asked(recipe)):
+        training.refuse_without_training(
+            "no data given: nothing to retrain on"
+            if train is None
+            else "the data have no training part, and are retrained on with --epochs only"
+        )
         settings = None
     elif train.note and settings is not None:
-        console.note("the images that calibrate are those to retrain on, too", quiet)
+        if calibration == "bn":
+            raise UsageError(
+                "--calibration bn leaves all images of data in one part to be measured: give "
+                "--epochs 0"
+            )
+        console.note("the images that calibrate retrain, and choose the epoch, too", quiet)
     if settings is not None:
         files.require_free(training.resume, force)
         if calibration == "reconstruct":

@@ -19,7 +19,7 @@ from snnconv.files import SUFFIX
 
 from . import console
 from .options import require_free
-from .source import fit_to_images
+from .source import complete_source, fit_to_images
 
 if TYPE_CHECKING:
     from snnconv.data import ImageData
@@ -105,11 +105,12 @@ _OPTIONS = (
     click.option(
         "--distill/--no-distill",
         default=None,
-        help="Learn from the float network's outputs, or from the labels only.  [default: distill]",
+        help="Learn from a teacher's outputs, or from the labels only.  [default: distill]",
     ),
     click.option(
         "--teacher",
-        metavar="CHECKPOINT|NAME",
+        metavar="CHECKPOINT|NAME|zoo:NAME",
+        shell_complete=complete_source,
         help="Learn from the outputs of this network for the same classes, such as a larger one, "
         "not from those of the one that is converted.",
     ),

@@ -126,7 +126,9 @@ def _in_unit_range(
     return scaled[0], scaled[1]
 
 
-def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+def complete_source(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
     """Offer files, and the zoo's networks that have weights."""
     from snnconv.model_zoo import catalog
 
@@ -136,7 +138,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 
 
 source_argument = click.argument(
-    "source", metavar="CHECKPOINT|NAME|zoo:NAME", shell_complete=_complete
+    "source", metavar="CHECKPOINT|NAME|zoo:NAME", shell_complete=complete_source
 )
 
 

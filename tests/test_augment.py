@@ -97,6 +97,23 @@ def test_the_generators_of_others_are_left_alone() -> None:
     assert states() == expected
 
 
+def test_processes_go_on_from_epoch_to_epoch() -> None:
+    data = from_arrays("d", "train", images(3), np.arange(COUNT))
+    batches = [(epoch, np.arange(COUNT)[k::3]) for epoch in (4, 5) for k in range(3)]
+
+    def found(workers: int, first: int = 0) -> list[Tensor]:
+        given = training_batches(
+            data, COLOR, Augmentation(), iter(batches[first:]), seed=0, workers=workers
+        )
+        return [pixels for pixels, _ in given]
+
+    alone = found(0)
+    assert len(alone) == 6 and not torch.equal(alone[0], alone[3])
+    for workers, first in ((2, 0), (2, 4), (1, 1)):
+        for one, two in zip(found(workers, first), alone[first:], strict=True):
+            assert torch.equal(one, two)
+
+
 def test_unreadable_images_are_left_out_or_refused(tmp_path: Path) -> None:
     for k in range(120):
         file = tmp_path / "train" / "ab"[k % 2] / f"{k}.png"

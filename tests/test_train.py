@@ -193,11 +193,14 @@ def test_a_step_never_waits_for_a_value(name: str, bits: int) -> None:
     conversion = converted(name)
     student = Student(conversion.traced, conversion.plan, conversion.qann, SMALL, 3, bits)
     pixels = noise(SMALL, 4)
-    student(pixels)  # constants are made once
-    with Waiting() as waiting:
-        student(pixels)["logits"].square().sum().backward()
-        SMALL.normalize(pixels)
-    assert not waiting.found
+    for by_batches in (False, True):
+        student.batch_statistics = by_batches
+        student(pixels)  # constants are made once
+        with Waiting() as waiting:
+            student(pixels)["logits"].square().sum().backward()
+            student.norms.follow_()
+            SMALL.normalize(pixels)
+        assert not waiting.found
     with waiting:
         bool(torch.ones(()) > 0)
     assert waiting.found
@@ -371,7 +374,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path: 
     training = Training(
         student, Failing(), digits.data, digits.settings, state=tmp_path / "a.train.pt"
     )
-    with pytest.raises(SnnconvError, match="the loss is nan at step 4 of epoch 2"):
+    with pytest.raises(SnnconvError, match="the loss is nan by step 4 of epoch 2"):
         training.run()
     kept = torch.load(tmp_path / "a.train.pt", weights_only=True)
     assert kept["at"]["epoch"] == 1
@@ -506,6 +509,67 @@ def test_batch_statistics_are_what_batch_norm_takes_in_training() -> None:
     student.batch_statistics = False
     with torch.no_grad():
         assert float((student(pixels)["logits"] - expected).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("gain", [0.7, -0.3, 0.01, 1e-8, 0.0])
+def test_a_batch_norm_of_any_gain(gain: float) -> None:
+    """Of few numbers, so that the variance's correction shows; channels of no gain do no harm."""
+    torch.manual_seed(0)
+    conv, norm = torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3)
+    torch.nn.init.constant_(norm.weight, gain)
+    torch.nn.init.uniform_(norm.bias)
+    head = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    traced = trace(torch.nn.Sequential(conv, norm, *head), (2, 2, 2))
+    norms = BatchNorms(Folder(traced, make_plan(traced), torch.float32))
+    x = torch.randn(3, 2, 2, 2)
+    folded, bias = next(iter(norms.folder.tensors()))
+    current = norms.normalize(0, 0, torch.nn.functional.conv2d(x, folded[0]))
+    found = current + bias.view(-1, 1, 1)
+    expected = norm.train()(conv(x))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    norms.follow_()
+    mean, variance = norms.statistics()
+    if abs(gain) > 1e-6:
+        torch.testing.assert_close(mean, norm.running_mean, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(variance, norm.running_var, rtol=1e-3, atol=1e-4)
+    else:
+        assert torch.equal(mean, torch.zeros(3)) and torch.equal(variance, torch.ones(3))
+
+
+def test_a_batch_without_images_leaves_the_statistics_alone() -> None:
+    conversion = converted("residual")
+    student = Student(conversion.traced, conversion.plan, conversion.qann, SMALL, 3)
+    student.batch_statistics = True
+    student(noise(SMALL, 4))
+    before = [norm.seen.clone() for norm in student.norms.norms.values() if norm.seen is not None]
+    (student(noise(SMALL, 0))["logits"].sum() * 0).backward()
+    student.norms.share_(0)
+    student.norms.follow_()
+    after = [norm.seen for norm in student.norms.norms.values()]
+    assert before and all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(bool(t.isfinite().all()) for t in student.state())
+    grads = [p.grad for p in student.trained() if p.grad is not None]
+    assert grads and all(bool(g.isfinite().all()) for g in grads)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nadamuon"])
+def test_a_state_of_a_gpu_is_continued_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    monkeypatch.setattr("snnconv.train.loop.SAVE_SECONDS", 0.0)
+    digits = Digits(tmp_path, epochs=2, optimizer=optimizer)
+
+    def stop(stage: str, done: int, total: int, detail: str = "") -> None:
+        if stage == "retrain" and done == 4:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        digits.run(progress=stop)
+    kept = torch.load(tmp_path / "a.train.pt", weights_only=True)
+    for group in kept["optimizer"]["param_groups"]:
+        group |= {"capturable": True, "lr": torch.tensor(0.1)}  # as a recorded optimizer has it
+    torch.save(kept, tmp_path / "a.train.pt")
+    assert digits.run(resume=True)["chosen_epoch"] == 2
 
 
 def test_shared_batch_norms_stay_as_in_inference() -> None:

@@ -486,7 +486,7 @@ class Simulation:
     def arrived(self, node: Population | Readout, values: dict[str, Any], steps: range) -> Tensor:
         """Return the accumulated charge without the bias, to write over."""
         if node.name in self.known:
-            return self.known[node.name].clone(memory_format=torch.preserve_format)
+            return self.known[node.name].to(self.engine.charge(node).dtype, copy=True)
         charge = self.engine.charge(node)
         total: Tensor | None = None
         for i, synapse in enumerate(node.branches):
@@ -556,7 +556,7 @@ class Simulation:
 
     def last(self, node: Population, values: dict[str, Any], steps: range) -> Tensor:
         """Return the counts after the last of the first steps, `[N, ...]`, and keep no others."""
-        arrived = self.known.get(node.name)
+        arrived, dtype = self.known.get(node.name), self.engine.charge(node).dtype
         if arrived is None:
             arrived = self.arrived(node, values, steps)
         injected = self._injections(steps, node.depth)
@@ -567,7 +567,7 @@ class Simulation:
                 charge, bias_steps = (
                     x[i : i + 1] if len(x) > 1 else x for x in (arrived, injected)
                 )
-                target = self.engine.settled(node, charge.clone(), bias_steps)[0]
+                target = self.engine.settled(node, charge.to(dtype, copy=True), bias_steps)[0]
                 count += target.sub_(count).clamp_(down, 1)
         return count
 

@@ -83,12 +83,13 @@ class Course:
 
     def _simulation(self) -> counts.Simulation:
         schedule = self.engine.network.timetable(self.engine.timesteps, name=SCHEDULE)
-        return self.engine.simulation(self.pixels, schedule)
+        simulation = self.engine.simulation(self.pixels, schedule)
+        simulation.known = self.arrived
+        return simulation
 
     def last(self, node: Any) -> Tensor:
         """Return the counts after T steps of a population that reads what is here, `[N, ...]`."""
         simulation = self._simulation()
-        simulation.known = self.arrived
         return simulation.last(node, self.values, range(1, self.engine.timesteps + 1))
 
     def fired(self, node: Any, simulation: counts.Simulation | None = None) -> Tensor:
@@ -96,7 +97,6 @@ class Course:
         steps = range(1, self.engine.timesteps + 1)
         fired = torch.zeros(len(steps), len(self.pixels), dtype=torch.int64)
         simulation = simulation or self._simulation()
-        simulation.known = self.arrived
         value: Tensor = simulation.value(node, self.values, steps, fired.to(self.pixels.device))
         return value
 

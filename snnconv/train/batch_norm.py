@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from snnconv import distributed
 from snnconv.folding import Folder
 from snnconv.operations import Operation
 from snnconv.ops import per_channel
@@ -29,13 +30,15 @@ MOMENTUM = 0.1
 
 @dataclass
 class _Norm:
-    """A BatchNorm behind one branch, the layer before it, and what the last batch had."""
+    """A BatchNorm behind one branch, the layer before it, and what it saw of the last batch.
+
+    `seen` are mean and unbiased variance, `[2, C]`.
+    """
 
     module: Any
     operation: Operation
-    before: nn.Module | None
-    mean: Tensor | None = None
-    variance: Tensor | None = None
+    before: Any | None
+    seen: Tensor | None = None
 
 
 class BatchNorms:
@@ -72,32 +75,55 @@ class BatchNorms:
         return [s for m in modules for s in (m.running_mean, m.running_var)]
 
     def normalize(self, layer: int, branch: int, current: Tensor) -> Tensor:
-        """Normalise the current of a branch, `[N, C, ...]`, by its own mean and deviation."""
+        """Normalise the current of a branch, `[N, C, ...]`, by its own mean and deviation.
+
+        Channels of almost no gain are divided by nothing: they stay as in inference.
+        """
         norm = self.norms.get((layer, branch))
-        if norm is None:
+        if norm is None or not len(current):
             return current
         module, axes = norm.module, [i for i in range(current.ndim) if i != 1]
         current = current.float()
-        gain = self.folder.affine(norm.operation)[0].float()
-        offset = getattr(norm.before, "bias", None)
+        gain = self.folder.affine(norm.operation)[0]
+        offset = 0.0 if norm.before is None or norm.before.bias is None else norm.before.bias
         variance, mean = torch.var_mean(current, axes, correction=0)
-        square = gain.square().clamp_min(SMALLEST_SQUARE)
-        raw_variance = variance / square
-        ratio = ((module.running_var + module.eps) / (raw_variance + module.eps)).sqrt()
-        expected = gain * (module.running_mean if offset is None else module.running_mean - offset)
+        usable = gain.square() > SMALLEST_SQUARE
+        divisor = torch.where(usable, gain, 1.0)
+        seen_variance = torch.where(usable, variance / divisor.square(), module.running_var)
+        ratio = ((module.running_var + module.eps) / (seen_variance + module.eps)).sqrt()
+        shift = gain * (module.running_mean - offset) - mean * ratio
         with torch.no_grad():
             count = current.numel() // current.shape[1]
-            raw_mean = gain.sign() * mean / square.sqrt()
-            norm.mean = raw_mean if offset is None else raw_mean + offset
-            norm.variance = raw_variance * (count / max(1, count - 1))
-        ratio, shift = ratio, expected - mean * ratio
+            unbiased = seen_variance * (count / max(1, count - 1))
+            seen = self._seen(norm)
+            seen[0] = torch.where(usable, mean / divisor + offset, module.running_mean)
+            seen[1] = torch.where(usable, unbiased, module.running_var)
         return current * per_channel(ratio, current.ndim) + per_channel(shift, current.ndim)
+
+    def _seen(self, norm: _Norm) -> Tensor:
+        """Return where mean and variance of the last batch are kept, always in the same place."""
+        running = norm.module.running_mean
+        if norm.seen is None or norm.seen.device != running.device:
+            norm.seen = torch.stack([running, norm.module.running_var])
+        return norm.seen
+
+    def share_(self, images: int) -> None:
+        """Average what ranks have seen, of so many images here."""
+        seen = [self._seen(norm) for norm in self.norms.values()]
+        if not seen:
+            return
+        own = torch.cat([s.flatten() for s in seen])
+        sums = distributed.sum_over_ranks(torch.cat([own * images, own.new_full((1,), images)]))
+        if sums[-1] > 0:
+            means = (sums[:-1] / sums[-1]).split([s.numel() for s in seen])
+            for target, mean in zip(seen, means, strict=True):
+                target.copy_(mean.view_as(target))
 
     def follow_(self) -> None:
         """Move the running statistics by those of the last batch."""
         with torch.no_grad():
             for norm in self.norms.values():
-                if norm.mean is not None and norm.variance is not None:
-                    momentum = MOMENTUM if norm.module.momentum is None else norm.module.momentum
-                    norm.module.running_mean.lerp_(norm.mean, momentum)
-                    norm.module.running_var.lerp_(norm.variance, momentum)
+                momentum = MOMENTUM if norm.module.momentum is None else norm.module.momentum
+                mean, variance = self._seen(norm)
+                norm.module.running_mean.lerp_(mean, momentum)
+                norm.module.running_var.lerp_(variance, momentum)

@@ -43,12 +43,14 @@ class CapturedStep:
         self._forget()
         self.graph = torch.cuda.CUDAGraph()
         # Where recording fails, torch leaves its own stream as the current one.
+        # Other threads of the process, such as another training's, may go on meanwhile.
         recording = torch.cuda.graph(self.graph, capture_error_mode="thread_local")
         with torch.cuda.stream(torch.cuda.current_stream()), recording:
             loss, self.hits = compute(self.pixels, self.labels)
             loss.backward()
             if update is not None:
                 update()
+        self.updates = update is not None
         self.loss = loss.detach()
         self.gradients = [parameter.grad for parameter in self.parameters]
 

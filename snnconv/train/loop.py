@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ from snnconv.train.student import Student
 
 # A state is written after every epoch, and in between when it is this old.
 SAVE_SECONDS = 60.0
-TIMED_STEPS = 5
+# The first step takes its time, and on a GPU the second is recorded.
+UNTIMED_STEPS, TIMED_STEPS = 2, 5
 # How often the loss of a training on a GPU is looked at.
 READ_SECONDS = 0.5
 # Augmentation of held-out images is that of an epoch that never comes.
@@ -66,7 +68,7 @@ class _Progressed:
 class Training:
     """One retraining of a calibrated network, from its start or from where it was left.
 
-    `teacher` is the float network, on normalised images; `recalibrate` sets the QANN's clips for
+    `teacher` is a float network, on normalised images; `recalibrate` sets the QANN's clips for
     a T, when stages change it. `identity` tells one training from another: a state on disk is only
     continued under the same. `state` and `metrics` are the files written by the way (None: none).
     """
@@ -116,7 +118,9 @@ class Training:
         self.steps = len(self.indices) // self.batch
         if self.batch < distributed.size():
             raise UsageError(f"a batch of {self.batch} images cannot be shared by more processes")
-        self.optimizer = self._optimizer({"capturable": True} if self._can_capture() else {})
+        # Lookahead counts steps in Python, which a recording does not repeat.
+        recordable = self._can_capture() and not settings.optimizer.startswith("lookahead_")
+        self.optimizer = self._optimizer({"capturable": True} if recordable else {})
         # The rates that a recorded step of the optimizer reads; None if it cannot be recorded.
         self.rates: list[Tensor] | None = None
         if self.optimizer.defaults.get("capturable"):
@@ -256,7 +260,6 @@ class Training:
         self._read_sums()
         at.seconds += time.monotonic() - started
         self.student.batch_statistics = False
-        self._average_statistics()
         self._require_finite()
         at.epoch, at.step = epoch + 1, 0
         self._finish_epoch(float(self.optimizer.param_groups[0]["lr"]))
@@ -316,13 +319,21 @@ class Training:
     def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> None:
         """Take one step on this rank's share of a batch."""
         self._set_rates()
-        loss, hits, updated = self._gradients(model, pixels, labels)
-        here = [loss / distributed.size(), hits, torch.full_like(hits, len(labels))]
+        recorded = self._recorded(model, pixels, labels)
+        if recorded is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss, hits = self._compute(model, pixels, labels)
+            loss.backward()
+        else:
+            loss, hits = recorded(pixels, labels)
+        here = [loss.detach() / distributed.size(), hits, torch.full_like(hits, len(labels))]
         sums = distributed.sum_over_ranks(torch.stack([v.double() for v in here]))
         self.sums = sums if self.sums is None else self.sums + sums
-        if self._may_wait():
+        if self._is_time_to_read():
             self._read_sums()
-        if not updated:
+        if recorded is None or not recorded.updates:
+            if self.student.batch_statistics and distributed.size() > 1:
+                self.student.norms.share_(len(labels))
             self._update()
         self.begun = True
         if self.ema is not None:
@@ -342,13 +353,10 @@ class Training:
         if self.student.batch_statistics:
             self.student.norms.follow_()
 
-    def _may_wait(self) -> bool:
-        """Return whether to look at the loss now: on a GPU that means to wait for it.
-
-        Ranks must stop at the same step.
-        """
+    def _is_time_to_read(self) -> bool:
+        """Return whether to look at the loss now; ranks do at the same step."""
         alone_on_gpu = self.device.startswith("cuda") and distributed.size() == 1
-        timing = self.clock.steps <= TIMED_STEPS
+        timing = self.clock.steps < UNTIMED_STEPS + TIMED_STEPS
         return timing or not alone_on_gpu or time.monotonic() - self.read > READ_SECONDS
 
     def _read_sums(self) -> None:
@@ -363,7 +371,7 @@ class Training:
         self.sums = None
         if not math.isfinite(loss):
             step = min(self.at.step + 1, self.steps)
-            raise self._diverged(f"the loss is {loss} at step {step}")
+            raise self._diverged(f"the loss is {loss} by step {step}")
         at = self.at
         at.loss, at.hits, at.images = at.loss + loss, at.hits + int(hits), at.images + int(images)
 
@@ -371,36 +379,26 @@ class Training:
         """Return the mean of the epoch's losses that have been read."""
         return self.at.loss * self.batch / max(1, self.at.images)
 
-    def _gradients(
-        self, model: nn.Module, pixels: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Compute the gradients; return this rank's part of the loss and its hits.
+    def _compute(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return this rank's part of the loss, and its hits."""
+        with self._precision():
+            logits = model(pixels)[self.readout].flatten(1).float()
+            # A rank whose images cannot be read takes part all the same.
+            loss = self._loss(logits, pixels, labels) if len(labels) else logits.sum() * 0
+        # DDP averages over ranks; a rank may have an image less than another.
+        loss = loss * (len(labels) * distributed.size() / self.batch)
+        return loss, (logits.argmax(1) == labels).sum()
 
-        The last value tells whether the update has been made, too.
-        """
-
-        def compute(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-            with self._precision():
-                logits = model(pixels)[self.readout].flatten(1).float()
-                # A rank whose images cannot be read takes part all the same.
-                loss = self._loss(logits, pixels, labels) if len(labels) else logits.sum() * 0
-            # DDP averages over ranks; a rank may have an image less than another.
-            loss = loss * (len(labels) * distributed.size() / self.batch)
-            return loss, (logits.argmax(1) == labels).sum()
-
+    def _recorded(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> CapturedStep | None:
+        """Return the recorded step for such batches; None where there is none."""
         # In the first step libraries and the optimizer make what they keep.
-        if self._can_capture() and self.begun and len(labels) == self.batch:
-            key = self.student.timesteps, self._in_half(), self.student.batch_statistics
-            if key not in self.captured:
-                self.captured.clear()  # its memory is free for the next
-                self.captured[key] = self._capture(compute, pixels, labels)
-            step = self.captured[key]
-            if step is not None:
-                return *step(pixels, labels), self.rates is not None
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, hits = compute(pixels, labels)
-        loss.backward()
-        return loss.detach(), hits, False
+        if not self._can_capture() or not self.begun or len(labels) < self.batch:
+            return None
+        key = self.student.timesteps, self._in_half(), self.student.batch_statistics
+        if key not in self.captured:
+            self.captured.clear()  # its memory is free for the next
+            self.captured[key] = self._capture(partial(self._compute, model), pixels, labels)
+        return self.captured[key]
 
     def _can_capture(self) -> bool:
         return self.device.startswith("cuda") and distributed.size() == 1
@@ -411,6 +409,9 @@ class Training:
             update = self._update if self.rates is not None else None
             return CapturedStep(compute, self.student.trained(), pixels, labels, update)
         except RuntimeError as error:
+            if self.rates is not None:
+                self.rates = None  # perhaps the rest can
+                return self._capture(compute, pixels, labels)
             self.announce(f"steps are not recorded as a CUDA graph: {first_line(error)}")
             return None
 
@@ -444,7 +445,7 @@ class Training:
         return loss
 
     def _teach(self, pixels: Tensor) -> Tensor:
-        """Return the float network's logits."""
+        """Return the teacher's logits."""
         outputs = flatten_outputs(self.teacher(self.preprocessing.normalize(pixels)))
         logits: Tensor = next(iter(outputs.values())).flatten(1)
         return logits
@@ -500,14 +501,8 @@ class Training:
     def _copies(self) -> list[Tensor]:
         return [tensor.clone() for tensor in self.student.state()]
 
-    def _average_statistics(self) -> None:
-        """Let every rank have the same statistics of BatchNorm."""
-        if distributed.size() > 1:
-            for tensor in self.student.norms.statistics():
-                tensor.copy_(distributed.sum_over_ranks(tensor) / distributed.size())
-
     def _measure(self) -> tuple[float, float]:
-        """Return KL to the float network and top-1 in percent of the integers, on held-out images.
+        """Return KL to the teacher and top-1 in percent of the integers, on held-out images.
 
         The images are augmented, always alike: a pretrained network knows them as they are.
         """
@@ -548,7 +543,8 @@ class Training:
         )
         if len(self.held_out) * math.prod(self.preprocessing.input_size) > KEPT_BYTES:
             return batches
-        self.kept = list(batches)
+        # Copies: those of other processes lie in shared memory, of which there is little.
+        self.kept = [(pixels.clone(), labels.clone()) for pixels, labels in batches]
         return self.kept
 
     def _save(self) -> None:
@@ -573,6 +569,9 @@ class Training:
         self.at = _Progressed(**found["at"])
         self.student.timesteps = found["timesteps"]
         _assign(self.student.state(), found["parameters"])
+        for group in found["optimizer"]["param_groups"]:
+            if "capturable" in group:  # it may have been saved on another device
+                group["capturable"] = self.rates is not None
         self.optimizer.load_state_dict(found["optimizer"])
         self.best = found["best"] and [b.to(self.device) for b in found["best"]]
         self.ema = found["ema"] and [e.to(self.device) for e in found["ema"]]
@@ -608,9 +607,9 @@ class _Clock:
     def step(self) -> float | None:
         """Count a step; return the seconds of one when enough have been timed, once."""
         self.steps += 1
-        if self.steps == 1:
+        if self.steps == UNTIMED_STEPS:
             self.begun = time.monotonic()
-        if self.steps == 1 + TIMED_STEPS:
+        if self.steps == UNTIMED_STEPS + TIMED_STEPS:
             return (time.monotonic() - self.begun) / TIMED_STEPS
         return None
 

@@ -31,7 +31,7 @@ class TrainSettings:
 
     `lr` is the highest rate of the weights, `clip_lr` that of the clips' logarithms as a multiple
     of it, `optimizer` one of timm's names, `warmup` a share of all steps before the cosine.
-    `distill` is the weight of the divergence from the float network at `temperature`; the cross
+    `distill` is the weight of the divergence from the teacher at `temperature`; the cross
     entropy of the labels has the rest. `ema` is the decay of an exponential moving average of the
     parameters, 0 for none. `stages` are larger T to go through first, each for an equal share of
     the epochs (Fast-SNN trains 32, 4, 3, 2 bits, each from the one before). In the first

@@ -85,6 +85,7 @@ class Student(nn.Module):
         bits = layer_bits(qann, weight_bits)
         # A plain list, so that the layers do not become submodules.
         self.layers = list(zip(qann.weighted(), bits, strict=True))
+        self.numbers = {layer: i for i, (layer, _) in enumerate(self.layers)}
         for index, (layer, few) in enumerate(self.layers):
             if few < LEARNT_BELOW_BITS:
                 self._learn_weight_clips(index, layer, few)
@@ -194,8 +195,7 @@ class Student(nn.Module):
         return outputs
 
     def _normalize(self, layer: Layer, branch: int, current: Tensor) -> Tensor:
-        index = next(i for i, (found, _) in enumerate(self.layers) if found is layer)
-        return self.norms.normalize(index, branch, current)
+        return self.norms.normalize(self.numbers[layer], branch, current)
 
 
 def _clipped(
