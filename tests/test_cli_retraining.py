@@ -271,18 +271,46 @@ def test_interrupted_and_resumed_it_ends_with_the_same_bytes(
     assert one == two
 
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
+SHARING = """
+import torch
+import torch.distributed as dist
+from snnconv.train.batch_norm import BatchNorms, _Norm
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+norms = BatchNorms.__new__(BatchNorms)
+norm = _Norm(torch.nn.BatchNorm2d(3), None, None, torch.full((2, 3), float(rank)))
+norms.norms = {(0, 0): norm}
+norms.share_(1 + 2 * rank)
+assert torch.equal(norm.seen, torch.full((2, 3), 0.75)), norm.seen
+norms.share_(0)
+assert torch.equal(norm.seen, torch.full((2, 3), 0.75)), norm.seen
+"""
+
+
+def test_processes_share_what_batch_norm_has_seen(own_folder: Path) -> None:
+    """Weighted by their images; of no images at all, nothing changes."""
+    Path("sharing.py").write_text(SHARING)
+    done = subprocess.run([*TORCHRUN, "sharing.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "kl"),
+    [("", 1e-3, 0.05), ("batch_statistics = 0.5\nema = 0.5\n", 0.1, 0.2)],
+)
 def test_two_processes_do_what_one_does(
-    capsys: pytest.CaptureFixture[str], own_folder: Path
+    capsys: pytest.CaptureFixture[str], own_folder: Path, settings: str, loss: float, kl: float
 ) -> None:
+    """But for BatchNorm, which takes the statistics of half a batch each."""
     (own_folder / "one").mkdir()
     (own_folder / "two").mkdir()
     # A high rate, or Adam, would blow up the differences in the last bits of the sums.
     recipe = own_folder / "sgd.toml"
     recipe.write_text(
-        'arch = "digits_resnet"\n[train]\noptimizer = "sgd"\nlr = 0.003\nclip_lr = 0.1\n'
+        'arch = "digits_resnet"\n[train]\noptimizer = "sgd"\nlr = 0.003\nclip_lr = 0.1\n' + settings
     )
     arguments = [*SHORT, "--recipe", str(recipe), "-q"]
     jobs = [
@@ -295,9 +323,9 @@ def test_two_processes_do_what_one_does(
         for n in ("one", "two")
     )
     for a, b in zip(one, two, strict=True):
-        assert b["held_out_kl"] == pytest.approx(a["held_out_kl"], rel=0.05)
+        assert b["held_out_kl"] == pytest.approx(a["held_out_kl"], rel=kl)
         if a["loss"] is not None:
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-3)
+            assert b["loss"] == pytest.approx(a["loss"], rel=loss)
     evaluate = ["eval", "one/digits.snn.safetensors", "--data", "zoo:digits", "--json", "-q"]
     assert run([*evaluate, "-o", "1.json"]) == 0
     alone = output(capsys)
