@@ -339,6 +339,80 @@ def test_an_interrupted_training_ends_with_the_same_bytes(
     assert parts.metrics() == whole.metrics()
 
 
+class Replayed:
+    """Stands for a recorded step where there is no GPU: it runs what would be replayed."""
+
+    def __init__(
+        self, compute: Any, parameters: Any, pixels: Tensor, labels: Tensor, update: Any = None
+    ) -> None:
+        self.compute, self.parameters, self.update = compute, parameters, update
+        self.updates = update is not None
+
+    def __call__(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss, hits = self.compute(pixels, labels)
+        loss.backward()
+        if self.update is not None:
+            self.update()
+        return loss.detach(), hits
+
+
+def record_by(monkeypatch: pytest.MonkeyPatch, recording: type, whole: bool) -> None:
+    """Record steps as on a GPU, with the optimizer's or without."""
+    build = Training._optimizer
+
+    def recordable(self: Training, options: dict[str, Any]) -> torch.optim.Optimizer:
+        optimizer = build(self, options)
+        optimizer.defaults["capturable"] = whole
+        return optimizer
+
+    monkeypatch.setattr(Training, "_can_capture", lambda self: True)
+    monkeypatch.setattr(Training, "_optimizer", recordable)
+    monkeypatch.setattr("snnconv.train.loop.CapturedStep", recording)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_recorded_steps_are_taken_as_others_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    """With the optimizer's step in the recording, and with that left out."""
+    folders = [tmp_path / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir()
+    settings = {"optimizer": "sgd", "lr": 0.01, "batch_statistics": 0.5, "ema": 0.5}
+    plain, recorded = (Digits(folder, **settings) for folder in folders)
+    plain.run()
+    record_by(monkeypatch, Replayed, whole)
+    recorded.run()
+    (step,) = recorded.training.captured.values()
+    assert step is not None and step.updates == whole
+    if not whole:  # rates are of single precision in a recording
+        assert recorded.bytes() == plain.bytes()
+    for one, two in zip(recorded.metrics(), plain.metrics(), strict=True):
+        assert one["held_out_kl"] == pytest.approx(two["held_out_kl"], rel=0.02)
+        assert (one["loss"] or 0) == pytest.approx(two["loss"] or 0, rel=1e-3)
+
+
+def test_a_recording_that_fails_is_tried_without_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Failing(Replayed):
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*parts)
+            if self.updates:
+                raise RuntimeError("no optimizer in here")
+
+    digits = Digits(tmp_path, epochs=1, optimizer="sgd")
+    record_by(monkeypatch, Failing, True)
+    digits.run(announce=told.append)
+    (step,) = digits.training.captured.values()
+    assert step is not None and not step.updates and digits.training.rates is None
+    assert not any("not recorded" in text for text in told)
+
+
 def test_another_training_is_not_continued(tmp_path: Path) -> None:
     Digits(tmp_path, epochs=1).run(identity={"data": "this"})
     other = Digits(tmp_path, epochs=1, lr=0.5)
