@@ -287,6 +287,7 @@ norms.share_(1 + 2 * rank)
 assert torch.equal(norm.seen, torch.full((2, 3), 0.75)), norm.seen
 norms.share_(0)
 assert torch.equal(norm.seen, torch.full((2, 3), 0.75)), norm.seen
+dist.destroy_process_group()
 """
 
 
