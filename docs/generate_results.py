@@ -318,7 +318,8 @@ def _retraining(report: dict[str, Any]) -> str:
         f"({how['optimizer']}, rate {how['lr']:g}, batch {how['batch_size']}, distillation "
         f"{how['distill']:g}), epoch "
         f"{retraining['chosen_epoch']} chosen by the divergence from {teacher} on "
-        f"{retraining['held_out_images']:,} other training images; on the test images "
+        f"{retraining['held_out_images']:,} other training images; on "
+        f"{report['model']['ann']['images']:,} test images "
         f"{_percent(report['qann_float'])} % in float and {_percent(report['qann'])} % in integers"
     )
 
