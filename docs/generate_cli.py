@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import click
+from stored import write
 
 from snnconv.cli.main import COMMANDS, group
 
@@ -40,14 +41,7 @@ def _section(title: str, text: str) -> str:
 
 def main(args: list[str]) -> int:
     """Write the file, or with --check compare it; return the exit code."""
-    text = render()
-    if "--check" in args:
-        if not TARGET.is_file() or TARGET.read_text(encoding="utf-8") != text:
-            print(f"error: {TARGET} is stale; run make docs", file=sys.stderr)
-            return 1
-        return 0
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    return write({TARGET: render()}, args)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from stored import write
+
 TARGET = Path(__file__).with_name("coverage.md")
 STORED = Path(__file__).with_name("coverage.json")
 REASONS = 25
@@ -39,13 +41,7 @@ def main(args: list[str]) -> int:
         _store(Path(args[0]))
     stored = json.loads(STORED.read_text(encoding="utf-8"))
     text = HEAD + _page(stored)
-    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    if "--check" in args:
-        print(f"error: {TARGET} is stale; run make docs", file=sys.stderr)
-        return 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    return write({TARGET: text}, args)
 
 
 def _store(state: Path) -> None:

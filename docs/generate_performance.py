@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from stored import write
+
 TARGET = Path(__file__).with_name("performance.md")
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 ENGINES = ("engines-32px.json", "engines-224px.json", "engines-mobilenet.json")
@@ -27,14 +29,7 @@ def main(args: list[str]) -> int:
         name = block[1]
         return f"<!-- {name} -->\n{TABLES[name](rows)}<!-- /{name} -->"
 
-    found = BLOCK.sub(filled, text)
-    if found == text:
-        return 0
-    if "--check" in args:
-        print(f"error: {TARGET} is stale; run make docs", file=sys.stderr)
-        return 1
-    TARGET.write_text(found, encoding="utf-8")
-    return 0
+    return write({TARGET: BLOCK.sub(filled, text)}, args)
 
 
 def _load(name: str) -> dict[str, Any]:

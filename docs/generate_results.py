@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stored import write
+
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "model_zoo" / "results"
 RESULTS = ROOT / "model_zoo" / "RESULTS.md"
@@ -60,14 +62,7 @@ def main(args: list[str]) -> int:
         RESULTS: whole,
         README: f"{before}{BEGIN}\n{table}{END}{after}",
     }
-    stale = [p for p, text in texts.items() if not p.is_file() or p.read_text("utf-8") != text]
-    if "--check" in args:
-        for path in stale:
-            print(f"error: {path} is stale; run make docs", file=sys.stderr)
-        return int(bool(stale))
-    for path in stale:
-        path.write_text(texts[path], encoding="utf-8")
-    return 0
+    return write(texts, args)
 
 
 def _main(evaluation: dict[str, Any]) -> bool:

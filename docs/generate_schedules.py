@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from stored import write
+
 from snnconv.report import comparison, html, reading
 
 TARGET = Path(__file__).with_name("schedules.html")
@@ -17,13 +19,7 @@ def main(args: list[str]) -> int:
     names = [f"cifar_resnet20.cifar10-t{t}-{s}-signed.eval.json" for t in (3, 7) for s in SCHEDULES]
     reports = sorted((reading.read(REPORTS / name) for name in names), key=reading.order)
     text = html.render(comparison.document(reports))
-    if TARGET.is_file() and TARGET.read_text(encoding="utf-8") == text:
-        return 0
-    if "--check" in args:
-        print(f"error: {TARGET} is stale; run make docs", file=sys.stderr)
-        return 1
-    TARGET.write_text(text, encoding="utf-8")
-    return 0
+    return write({TARGET: text}, args)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_recorded_steps_train_as_others_do(tmp_path: Path, monkeypatch: pytest.M
     one, two = (Digits(tmp_path, **how) for _ in "ab")
     found = one.run(device="cuda")["held_out_kl"], one.metrics()
     assert one.training.rates is not None
-    monkeypatch.setattr("snnconv.train.loop.Training._can_capture", lambda self: False)
+    monkeypatch.setattr("snnconv.train.loop.Training._alone_on_gpu", lambda self: False)
     expected = two.run(device="cuda")["held_out_kl"], two.metrics()
     assert not two.training.captured
     # Fifteen steps at T = 2 differ in what rounding makes of the last bits, and no more.

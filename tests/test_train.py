@@ -367,7 +367,7 @@ def record_by(monkeypatch: pytest.MonkeyPatch, recording: type, whole: bool) -> 
         optimizer.defaults["capturable"] = whole
         return optimizer
 
-    monkeypatch.setattr(Training, "_can_capture", lambda self: True)
+    monkeypatch.setattr(Training, "_alone_on_gpu", lambda self: True)
     monkeypatch.setattr(Training, "_optimizer", recordable)
     monkeypatch.setattr("snnconv.train.loop.CapturedStep", recording)
 

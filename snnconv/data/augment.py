@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from snnconv.data.images import (
     NAMED,
@@ -117,7 +117,8 @@ def training_batches(
     dataset = _Augmented(data, preprocessing, augmentation, seed)
     loader = DataLoader(
         dataset,
-        batch_sampler=_Keys(batches),
+        # Epoch and index of every image, made as they are asked for.
+        batch_sampler=([(epoch, i) for i in part.tolist()] for epoch, part in batches),
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # else it draws from the global one
@@ -131,17 +132,6 @@ def training_batches(
                 data.unreadable[:NAMED],
             )
         yield pixels.view(-1, *preprocessing.input_size), labels
-
-
-class _Keys(Sampler[list[tuple[int, int]]]):
-    """Epoch and index of every image of every batch, made as they are asked for."""
-
-    def __init__(self, batches: Iterable[tuple[int, np.ndarray]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for epoch, indices in self.batches:
-            yield [(epoch, index) for index in indices.tolist()]
 
 
 class _Augmented(Dataset[Any]):

@@ -67,14 +67,11 @@ class Course:
         It serves whatever bias the population has. Returns the bytes taken.
         """
         steps = range(1, self.engine.timesteps + 1)
-        arrived = self.arrived.get(node.name)
-        if arrived is None:
-            charge = self.engine.charge(node).dtype
-            size = len(steps) * len(self.pixels) * math.prod(node.shape)
-            if size * charge.itemsize > memory:
-                return 0
-            arrived = self._simulation().arrived(node, self.values, steps)
-            self.arrived = {node.name: arrived}
+        size = len(steps) * len(self.pixels) * math.prod(node.shape)
+        if size * self.engine.charge(node).dtype.itemsize > memory:
+            return 0
+        arrived = self._simulation().arrived(node, self.values, steps)
+        self.arrived = {node.name: arrived}
         return arrived.numel() * arrived.element_size()
 
     def _end(self, node: Any) -> Tensor:

@@ -119,7 +119,7 @@ class Training:
         if self.batch < distributed.size():
             raise UsageError(f"a batch of {self.batch} images cannot be shared by more processes")
         # Lookahead counts steps in Python, which a recording does not repeat.
-        recordable = self._can_capture() and not settings.optimizer.startswith("lookahead_")
+        recordable = self._alone_on_gpu() and not settings.optimizer.startswith("lookahead_")
         self.optimizer = self._optimizer({"capturable": True} if recordable else {})
         # The rates that a recorded step of the optimizer reads; None if it cannot be recorded.
         self.rates: list[Tensor] | None = None
@@ -139,7 +139,6 @@ class Training:
         self.teacher_logits: dict[int, Tensor] = {}
         self.captured: dict[tuple[int, bool, bool], CapturedStep | None] = {}
         self.kept: list[tuple[Tensor, Tensor]] = []
-        self.begun = False  # whether a step has been taken by this process
         self.clock = _Clock()
         # What the last steps found on the device, [loss, hits, images], and when it was last read.
         self.sums: Tensor | None = None
@@ -335,7 +334,6 @@ class Training:
             if self.student.batch_statistics and distributed.size() > 1:
                 self.student.norms.share_(len(labels))
             self._update()
-        self.begun = True
         if self.ema is not None:
             torch._foreach_lerp_(self.ema, self.student.state(), 1 - self.settings.ema)
 
@@ -355,9 +353,8 @@ class Training:
 
     def _is_time_to_read(self) -> bool:
         """Return whether to look at the loss now; ranks do at the same step."""
-        alone_on_gpu = self.device.startswith("cuda") and distributed.size() == 1
         timing = self.clock.steps < UNTIMED_STEPS + TIMED_STEPS
-        return timing or not alone_on_gpu or time.monotonic() - self.read > READ_SECONDS
+        return timing or not self._alone_on_gpu() or time.monotonic() - self.read > READ_SECONDS
 
     def _read_sums(self) -> None:
         """Add up what steps have found since the last time.
@@ -392,7 +389,7 @@ class Training:
     def _recorded(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> CapturedStep | None:
         """Return the recorded step for such batches; None where there is none."""
         # In the first step libraries and the optimizer make what they keep.
-        if not self._can_capture() or not self.begun or len(labels) < self.batch:
+        if not self._alone_on_gpu() or not self.clock.steps or len(labels) < self.batch:
             return None
         key = self.student.timesteps, self._in_half(), self.student.batch_statistics
         if key not in self.captured:
@@ -400,7 +397,8 @@ class Training:
             self.captured[key] = self._capture(partial(self._compute, model), pixels, labels)
         return self.captured[key]
 
-    def _can_capture(self) -> bool:
+    def _alone_on_gpu(self) -> bool:
+        """Return whether steps can be recorded, and need not be waited for."""
         return self.device.startswith("cuda") and distributed.size() == 1
 
     def _capture(self, compute: Compute, pixels: Tensor, labels: Tensor) -> CapturedStep | None:
