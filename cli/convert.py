@@ -216,7 +216,7 @@ def command(
     files = TrainFiles.beside(path)
     settings = training.settings(recipe)
 
-    from snnconv import __version__, checkpoint, distributed, replace
+    from snnconv import __version__, checkpoint, distributed, memory, replace
     from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.data import choose_indices
     from snnconv.normalize import with_settings
@@ -225,6 +225,7 @@ def command(
 
     percentile = percentile or DEFAULT_PERCENTILE
     place = options.resolve_device(device)
+    memory.keep_freed()
     loaded = network.load(source)
     train = test = None
     indices: Any = None
@@ -642,9 +643,12 @@ def _compensation(described: dict[str, Any]) -> str:
     )
 
 
-def _taught(retraining: dict[str, Any]) -> str:
-    teacher = retraining["teacher"]
-    return "" if teacher is None else f", taught by {teacher['name']}"
+def _helped(retraining: dict[str, Any]) -> str:
+    """Name what a retraining had beside the network itself."""
+    teacher, start = retraining["teacher"], retraining["started_from"]
+    return (f", taught by {teacher['name']}" if teacher else "") + (
+        f", started from {start['name']}" if start else ""
+    )
 
 
 def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
@@ -689,7 +693,7 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
             -1 if model["ann"] else len(rows),
             (
                 "retrained",
-                f"{how['epochs']} epochs on {trained['images']} images{_taught(trained)}, epoch "
+                f"{how['epochs']} epochs on {trained['images']} images{_helped(trained)}, epoch "
                 f"{trained['chosen_epoch']} chosen by KL {trained['held_out_kl']:.4f} on "
                 f"{trained['held_out_images']} more",
             ),

@@ -121,7 +121,7 @@ def command(
     path, named = options.spiking_checkpoint(checkpoint, quiet)
     where = options.require_data(data)
 
-    from snnconv import __version__, report
+    from snnconv import __version__, memory, report
     from snnconv.checkpoint import load_network, save_network, sha256
     from snnconv.finetune import FinetuneSettings, Finetuning
     from snnconv.normalize import with_settings
@@ -147,6 +147,7 @@ def command(
         **{k: v for k, v in chosen.items() if v is not None},
     )
     place = options.resolve_device(device)
+    memory.keep_freed()
     train = options.open_for(network, where, "train", quiet=True)
     if train.note:
         _refuse_to_learn_the_test(train, options.open_for(network, where, "test", quiet=True))

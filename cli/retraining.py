@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from snnconv.recipe import Recipe
     from snnconv.train import TrainSettings
 
-NAMES = ("epochs", "lr", "batch_size", "distill", "teacher", "workers", "resume")
+NAMES = ("epochs", "lr", "batch_size", "distill", "teacher", "start_from", "workers", "resume")
 LARGEST_WORKERS = 8
 # Images of so many are hashed to tell one training set from another.
 HASHED_IMAGES = 1000
@@ -44,6 +44,7 @@ class TrainOptions:
     batch_size: int | None
     distill: bool | None
     teacher: str | None
+    start_from: Path | None
     workers: int | None
     resume: bool
 
@@ -113,6 +114,13 @@ _OPTIONS = (
         shell_complete=complete_source,
         help="Learn from the outputs of this network for the same classes, such as a larger one, "
         "not from those of the one that is converted.",
+    ),
+    click.option(
+        "--start-from",
+        metavar="CHECKPOINT",
+        type=click.Path(dir_okay=False, path_type=Path),
+        help="Begin with the weights of a spiking checkpoint of the same network, such as one of "
+        "more time steps or weight bits.",
     ),
     click.option(
         "--workers",
@@ -191,6 +199,7 @@ def retrainer(
     """
     from snnconv import __version__
     from snnconv.calibrate import DEFAULT_PERCENTILE
+    from snnconv.checkpoint import load_network, sha256
     from snnconv.data import choose_indices
     from snnconv.load import load_model
     from snnconv.train import retrain, teacher_for
@@ -200,6 +209,10 @@ def retrainer(
         other = fit_to_images(load_model(options.teacher), data, quiet)
         teacher = teacher_for(other, loaded)
         taught_by = {"name": other.name, "weights_sha256": other.weights_sha256}
+    start, started_from = None, None
+    if options.start_from is not None:
+        start = load_network(options.start_from)
+        started_from = {"name": options.start_from.name, "sha256": sha256(start)}
     workers = options.workers
     if workers is None:
         in_memory = data.images.size is not None
@@ -222,11 +235,14 @@ def retrainer(
         "calibration": calibration,
         "replaced_activations": replaced,
         "teacher": taught_by,
+        "started_from": started_from,
     }
     return functools.partial(
         retrain,
         teacher=teacher,
         taught_by=taught_by,
+        start=start,
+        started_from=started_from,
         data=data,
         preprocessing=loaded.preprocessing,
         settings=settings,

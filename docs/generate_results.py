@@ -308,8 +308,10 @@ def _retraining(report: dict[str, Any]) -> str:
     how = retraining["settings"]
     places = " and ".join(dict.fromkeys(e.get("device", "cpu") for e in retraining["epochs"][1:]))
     teacher = (retraining.get("teacher") or {}).get("name", "the ANN")
+    start = (retraining.get("started_from") or {}).get("name", "")
     return (
-        f"{how['epochs']} epochs of {retraining['images']:,} images on {places} "
+        f"{how['epochs']} epochs of {retraining['images']:,} images on {places}"
+        f"{f', started from `{start}`' if start else ''} "
         f"({how['optimizer']}, rate {how['lr']:g}, batch {how['batch_size']}, distillation "
         f"{how['distill']:g}), epoch "
         f"{retraining['chosen_epoch']} chosen by the divergence from {teacher} on "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from snnconv.graph import Traced
 from snnconv.operations import Operation, describe
@@ -50,6 +50,8 @@ class Folder:
         self.fx = {n.name: n for n in traced.module.graph.nodes}
         self.planned = [n for n in plan.nodes if isinstance(n, (Neurons, Output))]
         self.operations: dict[str, Operation] = {}
+        # BatchNorms whose gain is a constant to gradients, while others have it from them.
+        self.held: set[nn.Module] = set()
 
     def tensors(self) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Yield the weights, one per branch, and the bias `[C]` of every layer in order."""
@@ -170,6 +172,7 @@ class Folder:
         gain = torch.rsqrt(variance + norm.eps)
         if norm.weight is not None:
             gain = gain * norm.weight.to(self.dtype)
+        gain = gain.detach() if norm in self.held else gain
         shift = -mean * gain
         if norm.bias is not None:
             shift = shift + norm.bias.to(self.dtype)

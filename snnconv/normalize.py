@@ -268,17 +268,22 @@ def times_inputs(branch: Branch | Synapse, weight: Tensor, vector: Tensor) -> Te
 
 def _rows(layer: Layer, values: dict[str, tuple[Tensor, Tensor]]) -> tuple[list[Tensor], Tensor]:
     """Return every branch's W' = W theta_source, and the bias with the inputs' constants."""
-    rows = []
     dtype = values[layer.branches[0].source][0].dtype
-    bias = layer.bias.detach().to(dtype)
-    for branch, parameter in zip(layer.branches, layer.weights, strict=True):
-        weight = parameter.detach().to(dtype)
-        worth, constant = values[branch.source]
-        row = times_inputs(branch, weight, worth)
-        offset = times_inputs(branch, weight, constant)
-        bias = bias + (offset if branch.kind == "scale" else offset.flatten(1).sum(1))
+    rows = []
+    for branch, weight in zip(layer.branches, layer.weights, strict=True):
+        row = times_inputs(branch, weight.detach().to(dtype), values[branch.source][0])
         rows.append(row / math.prod(pool.lcm for pool in branch.pools))
-    return rows, bias
+    return rows, layer.bias.detach().to(dtype) + source_constants(layer, values)
+
+
+def source_constants(layer: Layer, values: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    """Return what the constants beside its sources' counts add to a layer's current, `[C]`."""
+    dtype = values[layer.branches[0].source][0].dtype
+    total = torch.zeros_like(layer.bias, dtype=dtype)
+    for branch, weight in zip(layer.branches, layer.weights, strict=True):
+        offset = times_inputs(branch, weight.detach().to(dtype), values[branch.source][1])
+        total = total + (offset if branch.kind == "scale" else offset.flatten(1).sum(1))
+    return total
 
 
 def row_scale(rows: Tensor, bits: int, clip_share: Tensor | None = None) -> Tensor:

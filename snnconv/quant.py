@@ -87,6 +87,8 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the gradients of x and clip."""
         in_steps, levels = ctx.saved_tensors
+        if grad.stride() != in_steps.stride():  # or all that is behind pays for the difference
+            grad = torch.empty_like(in_steps, dtype=grad.dtype).copy_(grad)
         low = -ctx.timesteps if ctx.two_sided else 0
         by_x = torch.ops.aten.hardtanh_backward(grad, in_steps, low, ctx.timesteps)
         # Outside, `levels/T` is what remains of `(levels - x/s)/T`: the sign of the end reached.

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from snnconv.checkpoint import load_network, sha256
 from snnconv.cli.main import run
 from snnconv.errors import UsageError
 from snnconv.load import load_model
@@ -23,6 +24,7 @@ from snnconv.preprocess import Preprocessing
 from snnconv.train.teacher import Renormalized, teacher_for
 
 DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "-T", "2"]
+LENET = Path(__file__).parents[1] / "model_zoo/checkpoints/mnist_lenet.mnist-t3.snn.safetensors"
 SHORT = [*DIGITS, "--epochs", "2", "--batch-size", "101"]
 
 
@@ -81,15 +83,43 @@ def test_another_network_can_teach(capsys: pytest.CaptureFixture[str], own_folde
     assert report["teacher"]["weights_sha256"] != kls[1]["teacher"]["weights_sha256"]
 
 
+def test_a_retraining_starts_from_a_spiking_checkpoint(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    """Of the same T it begins where the other ended; of fewer weight bits it can begin, too."""
+    train = ["convert", "zoo:digits", "--data", "zoo:digits", "--no-evaluate", "--lr", "1e-9"]
+    train += ["--epochs", "1", "--timesteps", "2"]
+    assert run([*SHORT, "--no-evaluate", "--json", "-q", "-o", "a.snn.safetensors"]) == 0
+    first = output(capsys)["retraining"]
+    assert run([*train, "-o", "b.snn.safetensors", "--start-from", "a.snn.safetensors"]) == 0
+    assert "started from a.snn.safetensors" in capsys.readouterr().out
+    second = json.loads(Path("b.convert.json").read_text())["retraining"]
+    assert second["held_out_kl"] == pytest.approx(first["held_out_kl"], rel=0.1)
+    assert second["held_out_kl"] < 0.7 * first["epochs"][0]["held_out_kl"]
+    one, two = (load_network(Path(f"{n}.snn.safetensors")) for n in "ab")
+    assert second["started_from"] == {"name": "a.snn.safetensors", "sha256": sha256(one)}
+    # A rate so small moves nothing.
+    for ours, theirs in zip(two.populations, one.populations, strict=True):
+        assert torch.allclose(ours.clip, theirs.clip)
+        for a, b in zip(ours.branches, theirs.branches, strict=True):
+            assert int((a.weight - b.weight).abs().max()) <= 1
+    fewer = [*train, "--weight-bits", "4", "-o", "c.snn.safetensors"]
+    assert run([*fewer, "--start-from", "a.snn.safetensors", "-q"]) == 0
+    assert load_network(Path("c.snn.safetensors")).weight_bits == 4
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
+        (["--start-from", "nowhere.snn.safetensors"], 1, "nowhere.snn.safetensors"),
+        (["--start-from", "x", "--epochs", "0"], 2, "--start-from would do nothing"),
+        (["--start-from", str(LENET)], 2, "prepares its images otherwise"),
         (["--teacher", "zoo:digits", "--no-distill"], 2, "would teach nothing"),
         (["--teacher", "zoo:digits", "--epochs", "0"], 2, "--teacher would do nothing"),
         (["--teacher", "nowhere.pt"], 1, "nowhere.pt"),
     ],
 )
-def test_teachers_that_cannot_teach_are_refused(
+def test_teachers_and_starts_that_cannot_be_are_refused(
     capsys: pytest.CaptureFixture[str],
     own_folder: Path,
     options: list[str],
@@ -308,10 +338,11 @@ def test_two_processes_do_what_one_does(
     """But for BatchNorm, which takes the statistics of half a batch each."""
     (own_folder / "one").mkdir()
     (own_folder / "two").mkdir()
-    # A high rate, or Adam, would blow up the differences in the last bits of the sums.
+    # A high rate, Adam, or halves would blow up the differences in the last bits of the sums.
     recipe = own_folder / "sgd.toml"
     recipe.write_text(
-        'arch = "digits_resnet"\n[train]\noptimizer = "sgd"\nlr = 0.003\nclip_lr = 0.1\n' + settings
+        'arch = "digits_resnet"\n[train]\namp = false\n'
+        'optimizer = "sgd"\nlr = 0.003\nclip_lr = 0.1\n' + settings
     )
     arguments = [*SHORT, "--recipe", str(recipe), "-q"]
     jobs = [

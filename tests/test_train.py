@@ -575,7 +575,7 @@ def test_batch_statistics_are_what_batch_norm_takes_in_training() -> None:
         one, two = trained[name].grad, parameter.grad
         assert one is not None and two is not None
         if name not in ("stem.bias", "conv.bias"):  # those BatchNorm takes away again
-            assert float((one - two).norm()) < 0.1 * float(two.norm()), name
+            assert float((one - two).norm()) < 0.2 * float(two.norm()), name
     buffers = dict(traced.module.named_buffers())
     for name, buffer in model.named_buffers():
         if "running" in name:
@@ -597,17 +597,33 @@ def test_a_batch_norm_of_any_gain(gain: float) -> None:
     norms = BatchNorms(Folder(traced, make_plan(traced), torch.float32))
     x = torch.randn(3, 2, 2, 2)
     folded, bias = next(iter(norms.folder.tensors()))
-    current = norms.normalize(0, 0, torch.nn.functional.conv2d(x, folded[0]))
-    found = current + bias.view(-1, 1, 1)
+    rows = norms.unfolded(0, 0, folded[0])
+    found = norms.normalize(0, 0, torch.nn.functional.conv2d(x, rows)) + bias.view(-1, 1, 1)
     expected = norm.train()(conv(x))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     norms.follow_()
     mean, variance = norms.statistics()
-    if abs(gain) > 1e-6:
-        torch.testing.assert_close(mean, norm.running_mean, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(variance, norm.running_var, rtol=1e-3, atol=1e-4)
-    else:
-        assert torch.equal(mean, torch.zeros(3)) and torch.equal(variance, torch.ones(3))
+    torch.testing.assert_close(mean, norm.running_mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(variance, norm.running_var, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("gain", [0.7, 0.0])
+def test_one_number_per_channel_is_normalised_as_in_inference(gain: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.ReLU())
+    torch.nn.init.constant_(model[1].weight, gain)
+    model[1].running_mean.uniform_()
+    model[1].running_var.uniform_(0.5, 2)
+    traced = trace(
+        torch.nn.Sequential(torch.nn.Flatten(), *model, torch.nn.Linear(3, 2)), (1, 2, 2)
+    )
+    norms = BatchNorms(Folder(traced, make_plan(traced), torch.float32))
+    x = torch.randn(1, 4)
+    folded, bias = next(iter(norms.folder.tensors()))
+    found = norms.normalize(0, 0, x @ norms.unfolded(0, 0, folded[0]).t()) + bias
+    torch.testing.assert_close(found, model[:2].eval()(x))
+    before = [s.clone() for s in norms.statistics()]
+    norms.follow_()
+    torch.testing.assert_close(norms.statistics(), before)
 
 
 def test_a_batch_without_images_leaves_the_statistics_alone() -> None:

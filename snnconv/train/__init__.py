@@ -18,6 +18,7 @@ from snnconv.calibrate import DEFAULT_PERCENTILE, calibrate_
 from snnconv.data import ImageData
 from snnconv.errors import UsageError
 from snnconv.graph import Traced
+from snnconv.network import SpikingNetwork
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Qann
@@ -25,6 +26,7 @@ from snnconv.train.loop import Training
 from snnconv.train.settings import TrainSettings
 from snnconv.train.student import Student
 from snnconv.train.teacher import teacher_for
+from snnconv.train.warm_start import warm_start_
 
 __all__ = ["Student", "TrainSettings", "Training", "retrain", "teacher_for"]
 
@@ -45,6 +47,8 @@ def retrain(
     calibration: str = "mse",
     percentile: float = DEFAULT_PERCENTILE,
     images: Callable[[], Iterable[Tensor] | None] = lambda: None,
+    start: SpikingNetwork | None = None,
+    started_from: dict[str, Any] | None = None,
     resume: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -53,7 +57,9 @@ def retrain(
     `teacher` is the float network to learn from, on normalised images; `taught_by` names it in the
     provenance if it is another than the one traced. `data` is a training split. `images` gives
     batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method `calibration` and its
-    `percentile`, where the settings name stages. `options` are those of `Training`. Returns
+    `percentile`, where the settings name stages. `start` is a spiking network of the same ANN to
+    begin with (`snnconv.train.warm_start`), whose clips stay for the same T, and `started_from`
+    names it. `options` are those of `Training`. Returns
     settings and choice as plain JSON values, for the provenance. With
     `functools.partial` this is the `retrain` of `snnconv.convert`.
     """
@@ -67,8 +73,13 @@ def retrain(
         calibrate_(qann, normalized, stage, calibration, percentile)
 
     settings = settings or TrainSettings()
-    if settings.stages and calibration == "bn":
-        raise UsageError("training: stages need images to calibrate on, not --calibration bn")
+    if calibration == "bn" and (settings.stages or start is not None):
+        what = "stages need" if settings.stages else "a network to start from needs"
+        raise UsageError(f"training: {what} images to calibrate on, not --calibration bn")
+    if start is not None:
+        warm_start_(traced, plan, qann, preprocessing, start, images() or ())
+        if start.timesteps != timesteps:
+            recalibrate(timesteps)
     student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)
     training = Training(student, teacher, data, settings, recalibrate=recalibrate, **options)
-    return {**training.run(resume), "teacher": taught_by}
+    return {**training.run(resume), "teacher": taught_by, "started_from": started_from}

@@ -1,9 +1,9 @@
 """BatchNorm by a batch's own statistics, in a network that it has been folded into.
 
-A folded current is `gain` times what the BatchNorm saw, `gain` being that of inference. Scaled
-and shifted to the mean and deviation that inference expects, it is what the BatchNorm of a network
-in training would give (Ioffe, Szegedy, arXiv 1502.03167, section 3.1); rows are rounded to
-integers before, which a factor per row leaves as they are.
+In a batch's own mean and deviation a factor per row is lost (Ioffe, Szegedy, arXiv 1502.03167,
+section 3), so rows of folded, rounded weights are divided by the gain they were folded with, and
+what they make of a batch goes through the BatchNorm as in training: exactly what the network's own
+BatchNorm would make of the rounded weights.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from snnconv import distributed
@@ -21,8 +22,8 @@ from snnconv.operations import Operation
 from snnconv.ops import per_channel
 from snnconv.rewrite import AFFINE
 
-# Square of the smallest gain by which a current is divided.
-SMALLEST_SQUARE = 1e-12
+# Smallest gain that rows are divided by.
+SMALLEST_GAIN = 1e-6
 WEIGHTED = ("conv", "linear")
 # What a BatchNorm without a momentum of its own moves by (torch averages over all batches then).
 MOMENTUM = 0.1
@@ -32,7 +33,7 @@ MOMENTUM = 0.1
 class _Norm:
     """A BatchNorm behind one branch, the layer before it, and what it saw of the last batch.
 
-    `seen` are mean and unbiased variance, `[2, C]`.
+    `seen` are mean and unbiased variance, `[2, C]`, of what the layer gives without its bias.
     """
 
     module: Any
@@ -74,37 +75,72 @@ class BatchNorms:
         modules = [norm.module for norm in self.norms.values()]
         return [s for m in modules for s in (m.running_mean, m.running_var)]
 
-    def normalize(self, layer: int, branch: int, current: Tensor) -> Tensor:
-        """Normalise the current of a branch, `[N, C, ...]`, by its own mean and deviation.
+    def modules(self) -> set[Any]:
+        """Return the modules of all of them."""
+        return {norm.module for norm in self.norms.values()}
 
-        Channels of almost no gain are divided by nothing: they stay as in inference.
+    def expect_(self, layer: int, branch: int, mean: Tensor, variance: Tensor) -> None:
+        """Let a BatchNorm have the statistics, `[C]`, of what a folded branch gives without bias.
+
+        Its gain and shift, those of inference, stay. One without parameters of its own, and
+        channels of almost no gain, are left alone.
+        """
+        norm = self.norms[layer, branch]
+        module = norm.module
+        if module.weight is None:
+            return
+        with torch.no_grad():
+            gain, shift = self.folder.affine(norm.operation)
+            usable = gain.abs() > SMALLEST_GAIN
+            divisor = torch.where(usable, gain, 1.0)
+            mean = torch.where(usable, mean / divisor + _offset(norm), module.running_mean)
+            variance = torch.where(usable, variance / divisor.square(), module.running_var)
+            module.running_mean.copy_(mean)
+            module.running_var.copy_(variance)
+            module.weight.copy_(gain * (variance + module.eps).sqrt())
+            module.bias.copy_(shift + gain * mean)
+
+    def unfolded(self, layer: int, branch: int, weight: Tensor) -> Tensor:
+        """Return a branch's weight, `[C, ...]`, without the gain of the BatchNorm behind it.
+
+        Rows of almost no gain are those of the layer itself.
+        """
+        norm = self.norms.get((layer, branch))
+        if norm is None:
+            return weight
+        with torch.no_grad():
+            gain = self.folder.affine(norm.operation)[0].view(-1, *[1] * (weight.ndim - 1))
+            usable = gain.abs() > SMALLEST_GAIN
+            inverse = torch.where(usable, 1 / gain, 0.0)
+            rows = norm.before.weight if norm.before is not None else torch.ones_like(weight)
+            rows = torch.where(usable, 0.0, rows)
+        return weight * inverse + rows
+
+    def normalize(self, layer: int, branch: int, current: Tensor) -> Tensor:
+        """Normalise what a branch of unfolded rows gives, `[N, C, ...]`, by its own statistics.
+
+        What the folded bias has of the BatchNorm's mean is taken out again. A batch of one number
+        per channel has no deviation, and is normalised as in inference.
         """
         norm = self.norms.get((layer, branch))
         if norm is None or not len(current):
             return current
-        module, axes = norm.module, [i for i in range(current.ndim) if i != 1]
-        current = current.float()
+        module = norm.module
         gain = self.folder.affine(norm.operation)[0]
-        offset = 0.0 if norm.before is None or norm.before.bias is None else norm.before.bias
-        variance, mean = torch.var_mean(current, axes, correction=0)
-        usable = gain.square() > SMALLEST_SQUARE
-        divisor = torch.where(usable, gain, 1.0)
-        seen_variance = torch.where(usable, variance / divisor.square(), module.running_var)
-        ratio = ((module.running_var + module.eps) / (seen_variance + module.eps)).sqrt()
-        shift = gain * (module.running_mean - offset) - mean * ratio
-        with torch.no_grad():
-            count = current.numel() // current.shape[1]
-            unbiased = seen_variance * (count / max(1, count - 1))
-            seen = self._seen(norm)
-            seen[0] = torch.where(usable, mean / divisor + offset, module.running_mean)
-            seen[1] = torch.where(usable, unbiased, module.running_var)
-        return current * per_channel(ratio, current.ndim) + per_channel(shift, current.ndim)
+        mean = module.running_mean - _offset(norm)
+        if current.numel() == current.shape[1]:
+            return current * per_channel(gain, current.ndim)
+        seen = self._seen(norm)
+        weight = torch.ones_like(gain) if module.weight is None else module.weight
+        return F.batch_norm(
+            current, seen[0], seen[1], weight, gain * mean, True, momentum=1.0, eps=module.eps
+        )
 
     def _seen(self, norm: _Norm) -> Tensor:
         """Return where mean and variance of the last batch are kept, always in the same place."""
         running = norm.module.running_mean
         if norm.seen is None or norm.seen.device != running.device:
-            norm.seen = torch.stack([running, norm.module.running_var])
+            norm.seen = torch.stack([running - _offset(norm), norm.module.running_var]).detach()
         return norm.seen
 
     def share_(self, images: int) -> None:
@@ -125,5 +161,10 @@ class BatchNorms:
             for norm in self.norms.values():
                 momentum = MOMENTUM if norm.module.momentum is None else norm.module.momentum
                 mean, variance = self._seen(norm)
-                norm.module.running_mean.lerp_(mean, momentum)
+                norm.module.running_mean.lerp_(mean + _offset(norm), momentum)
                 norm.module.running_var.lerp_(variance, momentum)
+
+
+def _offset(norm: _Norm) -> Tensor | float:
+    """Return the bias of the layer before a BatchNorm, `[C]`."""
+    return 0.0 if norm.before is None or norm.before.bias is None else norm.before.bias

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from snnconv.progress import Progress, silent
 from snnconv.quant import Qann, only_logits
 from snnconv.train.capture import CapturedStep, Compute
 from snnconv.train.settings import TrainSettings
-from snnconv.train.student import Student
+from snnconv.train.student import Student, laid_out
 
 # A state is written after every epoch, and in between when it is this old.
 SAVE_SECONDS = 60.0
@@ -46,6 +46,8 @@ HELD_OUT_EPOCH = 2**31 - 1
 HELD_OUT_SHARE = 0.1
 # Held-out images of so many bytes stay in memory.
 KEPT_BYTES = 2**28
+# Instructions of CPUs for bfloat16, as torch.cpu names them.
+HALVES = ("avx512_bf16", "amx_tile")
 # In this last share of the epochs nothing is computed in half precision.
 EXACT_SHARE = 0.25
 
@@ -304,16 +306,19 @@ class Training:
         return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _precision(self) -> Any:
-        """Return the context of a forward pass: bfloat16 on a GPU, but not near the end."""
+        """Return the context of a forward pass: bfloat16 where it pays, but not near the end."""
         if not self._in_half():
             return nullcontext()
         # What it would keep of a parameter's half would be another's in the next step.
-        return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self._kind(), torch.bfloat16, cache_enabled=False)
+
+    def _kind(self) -> str:
+        return torch.device(self.device).type
 
     def _in_half(self) -> bool:
         last = math.ceil(self.settings.epochs * EXACT_SHARE)
         early = self.at.epoch < self.settings.epochs - last
-        return self.settings.amp and early and self.device.startswith("cuda")
+        return self.settings.amp and early and (self._kind() != "cpu" or _multiplies_halves())
 
     def _step(self, model: nn.Module, pixels: Tensor, labels: Tensor) -> None:
         """Take one step on this rank's share of a batch."""
@@ -444,7 +449,8 @@ class Training:
 
     def _teach(self, pixels: Tensor) -> Tensor:
         """Return the teacher's logits."""
-        outputs = flatten_outputs(self.teacher(self.preprocessing.normalize(pixels)))
+        images = laid_out(self.preprocessing.normalize(pixels))
+        outputs = flatten_outputs(self.teacher(images))
         logits: Tensor = next(iter(outputs.values())).flatten(1)
         return logits
 
@@ -610,6 +616,13 @@ class _Clock:
         if self.steps == UNTIMED_STEPS + TIMED_STEPS:
             return (time.monotonic() - self.begun) / TIMED_STEPS
         return None
+
+
+@cache
+def _multiplies_halves() -> bool:
+    """Return whether this CPU has instructions for bfloat16; others are slower in it."""
+    # Older versions of torch do not tell: `bool()` is False.
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in HALVES)
 
 
 def _classifier(qann: Qann) -> str:

@@ -37,7 +37,8 @@ class TrainSettings:
     the epochs (Fast-SNN trains 32, 4, 3, 2 bits, each from the one before). In the first
     `batch_statistics` of the epochs, a share, BatchNorm takes the mean and variance of each batch;
     in the others those it has gathered, as the spiking network does. `held_out` training
-    images, a tenth of all at most, are kept apart to choose the epoch by. `amp` holds on GPUs only.
+    images, a tenth of all at most, are kept apart to choose the epoch by. `amp` is bfloat16, on
+    GPUs and on CPUs that have instructions for it, but for the last quarter of the epochs.
     """
 
     epochs: int = 12

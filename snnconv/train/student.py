@@ -159,6 +159,7 @@ class Student(nn.Module):
 
         `observe` sees each population's output.
         """
+        self.folders[torch.float32].held = self.norms.modules() if self.batch_statistics else set()
         folded = self.refresh(torch.float32)
         with torch.no_grad():
             integers = list(
@@ -177,11 +178,14 @@ class Student(nn.Module):
                     branch = layer.branches[j]
                     worth, scale = values[branch.source][0], stored.scales[j]
                     weight = _clipped(branch, weight, worth, log_share, scale, bits)
-                tensors[f"layers.{i}.weights.{j}"] = _Through.apply(weight, value)
+                weight = _Through.apply(weight, value)
+                if self.batch_statistics:
+                    weight = self.norms.unfolded(i, j, weight)
+                tensors[f"layers.{i}.weights.{j}"] = weight
             tensors[f"layers.{i}.bias"] = _Through.apply(bias, stored.bias)
             if not layer.readout:
                 tensors[f"layers.{i}.clip"] = next(logs).exp()
-        images = self.preprocessing.center(pixels)
+        images = laid_out(self.preprocessing.center(pixels))
         outputs: dict[str, Tensor] = functional_call(
             self.qann,
             tensors,
@@ -196,6 +200,13 @@ class Student(nn.Module):
 
     def _normalize(self, layer: Layer, branch: int, current: Tensor) -> Tensor:
         return self.norms.normalize(self.numbers[layer], branch, current)
+
+
+def laid_out(images: Tensor) -> Tensor:
+    """Return images with channels last on a CPU, whose convolutions are then twice as fast."""
+    if images.is_cuda or images.ndim != 4:
+        return images
+    return images.contiguous(memory_format=torch.channels_last)
 
 
 def _clipped(

@@ -1,0 +1,182 @@
+"""Begin a retraining where a spiking network of the same ANN ended, for another T or weight bits.
+
+Its integers are written back into the layers they were folded from. Each BatchNorm then gets the
+statistics of what its layer gives now, and the gain and shift that leave the network as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from snnconv.errors import UsageError
+from snnconv.folding import Folder
+from snnconv.graph import Traced
+from snnconv.network import Island, Population, Readout, SpikingNetwork
+from snnconv.normalize import network_qann, source_constants, spike_values, times_inputs
+from snnconv.operations import Operation
+from snnconv.plan import ConversionPlan, Term
+from snnconv.preprocess import Preprocessing
+from snnconv.quant import Layer, Qann
+from snnconv.train.batch_norm import SMALLEST_GAIN, BatchNorms
+
+# Largest error of what was written back, as a share of a layer's largest weight or bias.
+TOLERANCE = 0.1
+
+
+def warm_start_(
+    traced: Traced,
+    plan: ConversionPlan,
+    qann: Qann,
+    preprocessing: Preprocessing,
+    network: SpikingNetwork,
+    images: Iterable[Tensor],
+) -> None:
+    """Give a traced network and its QANN the weights, biases and clips of a spiking network.
+
+    `images` are batches of pixels uint8 `[N, C, H, W]`. Raises UsageError if the spiking network
+    has other layers or another preprocessing, or if its integers cannot be written back. A
+    parameter that serves several layers takes what the last of them holds.
+    """
+    _require_alike(qann, preprocessing, network)
+    folder = Folder(traced, plan, torch.float64)
+    with torch.no_grad():
+        wanted = _in_float(qann, preprocessing, network)
+        for node, layer in zip(folder.planned, wanted.weighted(), strict=True):
+            for term, weight in zip(node.terms, layer.weights, strict=True):
+                _write_weight(folder, term, weight)
+            _write_bias(folder, node.terms, layer.bias - folder.layer_bias(node))
+        _follow(qann, folder)
+        _require_written(qann, wanted, preprocessing)
+        qann.load_state_dict(wanted.state_dict())
+        _measure(qann, BatchNorms(folder), preprocessing, network.timesteps, images)
+        _follow(qann, folder)
+
+
+def _require_alike(qann: Qann, preprocessing: Preprocessing, network: SpikingNetwork) -> None:
+    """Raise UsageError for a spiking network that was not made from this ANN."""
+    if network.preprocessing != preprocessing:
+        raise UsageError("the network to start from prepares its images otherwise")
+    theirs = {node.name: _described(node.branches) for node in _layers(network)}
+    ours = {layer.name: _described(layer.branches) for layer in qann.weighted()}
+    different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if different or [n.name for n in qann.islands()] != [n.name for n in _islands(network)]:
+        raise UsageError(
+            "the network to start from was made from another one", different[:3] or ["its islands"]
+        )
+
+
+def _described(branches: Iterable[Any]) -> list[Any]:
+    return [(b.source, b.kind, tuple(b.weight.shape), b.attributes) for b in branches]
+
+
+def _layers(network: SpikingNetwork) -> list[Population | Readout]:
+    return [node for node in network.nodes if isinstance(node, Population | Readout)]
+
+
+def _islands(network: SpikingNetwork) -> list[Island]:
+    return [node for node in network.nodes if isinstance(node, Island)]
+
+
+def _in_float(qann: Qann, preprocessing: Preprocessing, network: SpikingNetwork) -> Qann:
+    """Return the QANN with the values of the network's integers, and its clips, in float64."""
+    copied = copy.deepcopy(qann).double()
+    for layer, node in zip(copied.weighted(), _layers(network), strict=True):
+        if isinstance(node, Population):
+            layer.clip.copy_(node.clip)
+    for island, other in zip(copied.islands(), _islands(network), strict=True):
+        island.unit.copy_(other.unit)
+    found = network_qann(copied, network, network.timesteps)
+    values = spike_values(found, preprocessing)
+    for layer in found.weighted():
+        layer.bias.copy_(layer.bias - source_constants(layer, values))
+    return found
+
+
+def _operations(folder: Folder, term: Term) -> list[Operation]:
+    """Return what is folded into a branch: maps with weights, and BatchNorms."""
+    return [o for o in folder.steps(term) if o.kind != "average_pool"]
+
+
+def _write_weight(folder: Folder, term: Term, weight: Tensor) -> None:
+    """Let the layer before a BatchNorm, or the BatchNorm alone, fold into this weight."""
+    operations = _operations(folder, term)
+    if not operations:
+        return
+    gain = torch.ones(len(weight), dtype=torch.float64)
+    for operation in operations:
+        if operation.kind == "batch_norm":
+            gain = gain * folder.affine(operation)[0]
+    usable = gain.abs() > SMALLEST_GAIN
+    first = operations[0].module
+    if operations[0].kind == "batch_norm":
+        if first.weight is not None:
+            first.weight.copy_(weight * (first.running_var + first.eps).sqrt())
+        return
+    rows = usable.view(-1, *[1] * (weight.ndim - 1))
+    first.weight.copy_(torch.where(rows, weight / gain.view_as(rows), first.weight))
+
+
+def _write_bias(folder: Folder, terms: Sequence[Term], difference: Tensor) -> None:
+    """Add to the bias of the last operation of the first branch that has one."""
+    for term in terms:
+        for operation in _operations(folder, term)[-1:]:
+            if operation.module.bias is not None:
+                operation.module.bias += difference
+                return
+
+
+def _follow(qann: Qann, folder: Folder) -> None:
+    for layer, (weights, bias) in zip(qann.weighted(), folder.tensors(), strict=True):
+        layer.assign_(weights, bias)
+
+
+def _require_written(qann: Qann, wanted: Qann, preprocessing: Preprocessing) -> None:
+    """Raise UsageError for a layer that has not become what it should."""
+    values = spike_values(wanted, preprocessing)
+    for layer, target in zip(qann.weighted(), wanted.weighted(), strict=True):
+        errors, largest = [layer.bias - target.bias], [target.bias]
+        for branch, found, weight in zip(
+            layer.branches, layer.weights, target.weights, strict=True
+        ):
+            # Channels that never fire, such as padded ones, have lost their weights.
+            heard = (values[branch.source][0] > 0).double()
+            errors.append(times_inputs(branch, found - weight, heard))
+            largest.append(weight)
+        bound = TOLERANCE * max(float(t.abs().max()) for t in largest)
+        if any(float(error.abs().max()) > bound for error in errors):
+            raise UsageError(
+                f"{layer.path}: what the network to start from holds cannot be written back; its "
+                "parameters serve another layer, too, or have changed where the ANN has none"
+            )
+
+
+def _measure(
+    qann: Qann,
+    norms: BatchNorms,
+    preprocessing: Preprocessing,
+    timesteps: int,
+    images: Iterable[Tensor],
+) -> None:
+    """Give every BatchNorm the statistics of these images, and leave what it folds into."""
+    numbers = {layer: i for i, layer in enumerate(qann.weighted())}
+    sums: dict[tuple[int, int], Tensor] = {}
+
+    def observe(layer: Layer, branch: int, current: Tensor) -> Tensor:
+        place = numbers[layer], branch
+        if place in norms.norms:
+            values = current.double().transpose(0, 1).flatten(1)
+            count = torch.full((len(values),), values.shape[1], dtype=torch.float64)
+            found = torch.stack([count, values.sum(1), values.square().sum(1)])
+            sums[place] = sums.get(place, 0) + found
+        return current
+
+    for pixels in images:
+        qann(preprocessing.normalize(pixels), timesteps, normalize=observe)
+    for place, (count, total, squares) in sums.items():
+        mean = total / count
+        norms.expect_(*place, mean, squares / count - mean.square())
