@@ -20,7 +20,7 @@ from snnconv.train import Student
 from snnconv.train.warm_start import warm_start_
 
 T = 5
-NETWORKS = ("residual", "pools", "depthwise", "concat", "preactivation")
+NETWORKS = ("residual", "pools", "depthwise", "concat")
 
 
 def images(count: int, seed: int = 0) -> Tensor:
@@ -36,7 +36,7 @@ def moved(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for tensor in other.state_dict().values():
             if tensor.is_floating_point():
-                tensor *= 1 + 0.2 * torch.rand(tensor.shape, generator=generator)
+                tensor *= 1 + 0.8 * torch.rand(tensor.shape, generator=generator)
     return other
 
 
@@ -66,7 +66,7 @@ def test_the_start_is_the_network_started_from(name: str) -> None:
     before = endpoint(one.network, pixels, T)
     for population in two.network.populations:
         same = found.counts[population.name] == wanted.counts[population.name]
-        assert float(same.float().mean()) > 0.9, population.name
+        assert float(same.float().mean()) > 0.95, population.name
     expected = wanted.logits(two.network, "logits")
     error = float((found.logits(two.network, "logits") - expected).abs().max())
     assert error < 0.1 * float((before.logits(one.network, "logits") - expected).abs().max())
