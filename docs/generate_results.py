@@ -27,7 +27,8 @@ brackets, for clocked hardware with one step per hop. *Counts* is the share of s
 equal the quantised ANN's integers at the end of the run. *Drop* is what is lost from the ANN on the
 same images, with its paired 95 % interval; rows without counts are end points of exact schedules,
 computed without simulation. *Epochs* are those of retraining; 0 is
-training-free conversion. Intervals are Wilson's at 95 %. Times were taken on a machine that did
+training-free conversion. *Bits* are those of the weights; the first and the last layer have 8.
+Intervals are Wilson's at 95 %. Times were taken on a machine that did
 other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
 ImageNet's training set: good for differences, not for levels.
 """
@@ -41,6 +42,7 @@ def main(args: list[str]) -> int:
         conversion = conversions[evaluation["checkpoint"]]
         retraining = conversion.get("retraining")
         evaluation["epochs"] = 0 if retraining is None else retraining["settings"]["epochs"]
+        evaluation["weight_bits"] = conversion["weight_bits"]
         evaluation["shortcuts"] = conversion.get("shortcut_normalization", True)
         evaluation["compensation"] = conversion.get("compensation")
     evaluations.sort(key=_order)
@@ -80,7 +82,8 @@ def _load(pattern: str) -> list[dict[str, Any]]:
 def _order(report: dict[str, Any]) -> tuple[Any, ...]:
     model = report["model"]["name"] if isinstance(report["model"], dict) else report["model"]
     return (
-        len(model), model, report["timesteps"], report.get("epochs", 0),
+        len(model), model, report["timesteps"],
+        -report.get("weight_bits", 8), report.get("epochs", 0),
         SCHEDULES.index(report["schedule"]), report["neuron"], report["report"],
     )  # fmt: skip
 
@@ -104,6 +107,7 @@ def _simulated(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any
 _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
+    "bits": lambda e: e["weight_bits"],
     "epochs": lambda e: e["epochs"],
     "schedule": lambda e: e["schedule"],
     "ANN %": lambda e: _percent(e["ann"]),
@@ -117,11 +121,11 @@ _COLUMNS = {
 }
 
 _ALL_COLUMNS = {
-    **dict(list(_COLUMNS.items())[:4]),
+    **dict(list(_COLUMNS.items())[:5]),
     "neuron": lambda e: e["neuron"],
-    **dict(list(_COLUMNS.items())[4:7]),
+    **dict(list(_COLUMNS.items())[5:8]),
     "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
-    **dict(list(_COLUMNS.items())[7:]),
+    **dict(list(_COLUMNS.items())[8:]),
     "images": lambda e: f"{e['images']:,}",
     "ms per image": lambda e: f"{e['wall_ms_per_image']:.1f}",
     "report": lambda e: f"[json](results/{e['report']})",

@@ -18,11 +18,11 @@ work=../../runs/results
 cd "$here"
 mkdir -p "$work" ../checkpoints
 
-retrain() { # NAME SOURCE DATA_SET RECIPE
+retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
   [[ $1 =~ $pattern ]] || return 0
   local file=$work/$1.snn.safetensors resume=
   [[ ! -e $work/$1.train.pt ]] || resume=--resume
-  [[ -e $file ]] || snnconv convert "$checkpoints/$2" --data "$data/$3" --recipe "$4" --workers 1 --no-evaluate -o "$file" $resume
+  [[ -e $file ]] || snnconv convert "$checkpoints/$2" --data "$data/$3" --recipe "$4" --workers 1 --no-evaluate -o "$file" $resume "${@:5}"
   cp "$work/$1.convert.json" .
   cp "$file" ../checkpoints/
   for schedule in drain paper; do
