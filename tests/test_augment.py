@@ -76,6 +76,14 @@ def test_shift_moves_the_image_by_an_eighth_at_most() -> None:
     assert len(offsets) > 5
 
 
+def test_grey_images_can_be_augmented_by_a_policy() -> None:
+    how = Augmentation(crop="none", flip=0.0, auto_augment="rand-m9-n3")
+    changed = [drawn(how, GREY, epoch=epoch) for epoch in range(3)]
+    plain = drawn(Augmentation(crop="none", flip=0.0), GREY)
+    assert all(p.shape == (1, 16, 16) for found in changed for p in found.values())
+    assert all(equal(found, plain) < COUNT for found in changed)
+
+
 def test_grey_images_are_not_flipped_unless_asked_for() -> None:
     plain = images(1).transpose(0, 3, 1, 2)
     kept = drawn(Augmentation(crop="none"), GREY)

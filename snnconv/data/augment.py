@@ -84,6 +84,8 @@ class Augmentation:
                 color_jitter=0.0,
                 auto_augment=self.auto_augment,
                 interpolation=preprocessing.interpolation,
+                # Its policies fill with a color of three channels, unless they are told another.
+                **({"mean": preprocessing.mean} if channels == 1 else {}),
             ).transforms
         except Exception as error:  # timm checks a policy's text by assertions
             raise UsageError(
