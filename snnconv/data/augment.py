@@ -64,7 +64,7 @@ class Augmentation:
 
         Raises UsageError for a policy timm does not know, and for other than 1 or 3 channels.
         """
-        from timm.data import create_transform
+        from timm.data import IMAGENET_DEFAULT_MEAN, create_transform
         from torchvision.transforms import RandomCrop, RandomHorizontalFlip
 
         channels, height, width = preprocessing.input_size
@@ -84,8 +84,8 @@ class Augmentation:
                 color_jitter=0.0,
                 auto_augment=self.auto_augment,
                 interpolation=preprocessing.interpolation,
-                # Its policies fill with a color of three channels, unless they are told another.
-                **({"mean": preprocessing.mean} if channels == 1 else {}),
+                # Policies fill what they uncover with it.
+                mean=preprocessing.mean if channels == 1 else IMAGENET_DEFAULT_MEAN,
             ).transforms
         except Exception as error:  # timm checks a policy's text by assertions
             raise UsageError(
