@@ -4,7 +4,7 @@
 
 All train the same timm network on noise with SGD and the labels' cross entropy, without
 distillation: in float, with BatchNorm by batches, images laid out as torch does; quantized as in
-inference, with BatchNorm by batches, and so in bfloat16 where it is not slower. They take turns, so
+inference, with BatchNorm by batches, and so in bfloat16. They take turns, so
 that what else the machine does falls on all, and the median of the steps counts.
 """
 

@@ -50,7 +50,7 @@ class Folder:
         self.fx = {n.name: n for n in traced.module.graph.nodes}
         self.planned = [n for n in plan.nodes if isinstance(n, (Neurons, Output))]
         self.operations: dict[str, Operation] = {}
-        # BatchNorms whose gain is a constant to gradients, while others have it from them.
+        # BatchNorms by which a batch is normalised, and their gain and mean learn from there.
         self.held: set[nn.Module] = set()
 
     def tensors(self) -> Iterator[tuple[list[Tensor], Tensor]]:
@@ -154,7 +154,12 @@ class Folder:
         if kind == "batch_norm":
             gain, shift = self.affine(operation)
             here = (node.name, *trail)
-            return shift if here in keys else shift + gain * self.bias(inputs[0], here, keys)
+            if here in keys:
+                return shift
+            below = self.bias(inputs[0], here, keys)
+            if operation.module in self.held:
+                below = below.detach() + 0 * below  # no gradient, yet it waits for none
+            return shift + gain * below
         if kind == "add":
             total = self.constant(0)
             for i, operand in enumerate(inputs):

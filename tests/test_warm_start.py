@@ -51,7 +51,8 @@ def both(name: str, timesteps: int = T) -> tuple[Conversion, Conversion]:
 
 
 def start(one: Conversion, two: Conversion, pixels: Tensor) -> None:
-    warm_start_(one.traced, one.plan, one.qann, SMALL, two.network, [pixels])
+    membrane = one.network.initial_membrane
+    warm_start_(one.traced, one.plan, one.qann, SMALL, membrane, two.network, [pixels])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -98,6 +99,9 @@ def test_what_is_of_another_network_is_refused() -> None:
     darker = replace(two.network, preprocessing=replace(SMALL, mean=(0.1, 0.1, 0.1)))
     with pytest.raises(UsageError, match="prepares its images otherwise"):
         start(one, replace(two, network=darker), images(4))
+    empty = replace(two.network, initial_membrane="zero")
+    with pytest.raises(UsageError, match="has --initial-membrane zero, this one half"):
+        start(one, replace(two, network=empty), images(4))
 
 
 class Shared(nn.Module):
@@ -113,8 +117,10 @@ class Shared(nn.Module):
 
 
 def test_what_cannot_be_written_back_is_refused() -> None:
-    """Tuned layer by layer, one parameter would have to be two."""
-    conversion = convert(Shared(), SMALL, [images(8)], timesteps=T)
+    """Tuned layer by layer, one parameter would have to be two; a large bias hides nothing."""
+    model = Shared()
+    torch.nn.init.constant_(model.conv.bias, 10.0)
+    conversion = convert(model, SMALL, [images(8)], timesteps=T)
     nodes: list[Any] = list(conversion.network.nodes)
     index = nodes.index(conversion.network.populations[1])
     synapse = nodes[index].branches[0]
@@ -122,7 +128,7 @@ def test_what_cannot_be_written_back_is_refused() -> None:
     network = replace(conversion.network, nodes=tuple(nodes))
     fresh = convert(conversion.traced.module, SMALL, [images(8)], timesteps=T)
     with pytest.raises(UsageError, match="cannot be written back"):
-        warm_start_(fresh.traced, fresh.plan, fresh.qann, SMALL, network, [images(4)])
+        start(fresh, replace(fresh, network=network), images(4))
 
 
 def test_no_gain_does_no_harm() -> None:

@@ -57,11 +57,11 @@ def retrain(
     `teacher` is the float network to learn from, on normalised images; `taught_by` names it in the
     provenance if it is another than the one traced. `data` is a training split. `images` gives
     batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method `calibration` and its
-    `percentile`, where the settings name stages. `start` is a spiking network of the same ANN to
-    begin with (`snnconv.train.warm_start`), whose clips stay for the same T, and `started_from`
-    names it. `options` are those of `Training`. Returns
-    settings and choice as plain JSON values, for the provenance. With
-    `functools.partial` this is the `retrain` of `snnconv.convert`.
+    `percentile`, where the settings name stages or there is a `start`: a spiking network of the
+    same ANN to begin with (`snnconv.train.warm_start`), whose clips stay for the same T;
+    `started_from` names it. `options` are those of `Training`. Returns settings and choice as plain
+    JSON values, for the provenance. With `functools.partial` this is the `retrain` of
+    `snnconv.convert`.
     """
 
     def recalibrate(stage: int) -> None:
@@ -73,11 +73,13 @@ def retrain(
         calibrate_(qann, normalized, stage, calibration, percentile)
 
     settings = settings or TrainSettings()
-    if calibration == "bn" and (settings.stages or start is not None):
-        what = "stages need" if settings.stages else "a network to start from needs"
-        raise UsageError(f"training: {what} images to calibrate on, not --calibration bn")
+    if calibration == "bn" and settings.stages:
+        raise UsageError("training: stages need images to calibrate on, not --calibration bn")
     if start is not None:
-        warm_start_(traced, plan, qann, preprocessing, start, images() or ())
+        pixels = images()
+        if pixels is None:
+            raise UsageError("training: a network to start from needs images to calibrate on")
+        warm_start_(traced, plan, qann, preprocessing, initial_membrane, start, pixels)
         if start.timesteps != timesteps:
             recalibrate(timesteps)
     student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)

@@ -119,21 +119,23 @@ class BatchNorms:
     def normalize(self, layer: int, branch: int, current: Tensor) -> Tensor:
         """Normalise what a branch of unfolded rows gives, `[N, C, ...]`, by its own statistics.
 
-        What the folded bias has of the BatchNorm's mean is taken out again. A batch of one number
-        per channel has no deviation, and is normalised as in inference.
+        What the folded bias has of the BatchNorm's mean is taken out again. A batch of no image, or
+        of one number per channel, has no deviation, and is normalised as in inference.
         """
         norm = self.norms.get((layer, branch))
-        if norm is None or not len(current):
+        if norm is None:
             return current
-        module = norm.module
-        gain = self.folder.affine(norm.operation)[0]
-        mean = module.running_mean - _offset(norm)
-        if current.numel() == current.shape[1]:
+        module, seen = norm.module, self._seen(norm)
+        with torch.no_grad():
+            mean = module.running_mean - _offset(norm)
+            shift = self.folder.affine(norm.operation)[0] * mean
+        weight = torch.ones_like(shift) if module.weight is None else module.weight
+        if current.numel() <= current.shape[1]:
+            seen[0], seen[1] = mean, module.running_var
+            gain = weight * torch.rsqrt(module.running_var + module.eps)
             return current * per_channel(gain, current.ndim)
-        seen = self._seen(norm)
-        weight = torch.ones_like(gain) if module.weight is None else module.weight
         return F.batch_norm(
-            current, seen[0], seen[1], weight, gain * mean, True, momentum=1.0, eps=module.eps
+            current, seen[0], seen[1], weight, shift, True, momentum=1.0, eps=module.eps
         )
 
     def _seen(self, norm: _Norm) -> Tensor:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -216,6 +217,8 @@ class Training:
     def _shared(self) -> nn.Module:
         if distributed.size() == 1:
             return self.student
+        # Kernels of one pixel look alike in both layouts, to all but this warning.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(self.student)
 
     def _stage(self, epoch: int) -> int:

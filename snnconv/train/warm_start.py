@@ -24,7 +24,7 @@ from snnconv.preprocess import Preprocessing
 from snnconv.quant import Layer, Qann
 from snnconv.train.batch_norm import SMALLEST_GAIN, BatchNorms
 
-# Largest error of what was written back, as a share of a layer's largest weight or bias.
+# Largest error of what was written back: weights by the largest of them, biases by the clip.
 TOLERANCE = 0.1
 
 
@@ -33,16 +33,22 @@ def warm_start_(
     plan: ConversionPlan,
     qann: Qann,
     preprocessing: Preprocessing,
+    initial_membrane: str,
     network: SpikingNetwork,
     images: Iterable[Tensor],
 ) -> None:
     """Give a traced network and its QANN the weights, biases and clips of a spiking network.
 
     `images` are batches of pixels uint8 `[N, C, H, W]`. Raises UsageError if the spiking network
-    has other layers or another preprocessing, or if its integers cannot be written back. A
-    parameter that serves several layers takes what the last of them holds.
+    has other layers, another preprocessing or `initial_membrane`, or if its integers cannot be
+    written back, as where a parameter serves several layers and they have come apart.
     """
     _require_alike(qann, preprocessing, network)
+    if network.initial_membrane != initial_membrane:
+        raise UsageError(
+            f"the network to start from has --initial-membrane {network.initial_membrane}, this "
+            f"one {initial_membrane}"
+        )
     folder = Folder(traced, plan, torch.float64)
     with torch.no_grad():
         wanted = _in_float(qann, preprocessing, network)
@@ -53,7 +59,7 @@ def warm_start_(
         _follow(qann, folder)
         _require_written(qann, wanted, preprocessing)
         qann.load_state_dict(wanted.state_dict())
-        _measure(qann, BatchNorms(folder), preprocessing, network.timesteps, images)
+        _measure(qann, BatchNorms(folder), network, images)
         _follow(qann, folder)
 
 
@@ -115,19 +121,23 @@ def _write_weight(folder: Folder, term: Term, weight: Tensor) -> None:
     first = operations[0].module
     if operations[0].kind == "batch_norm":
         if first.weight is not None:
-            first.weight.copy_(weight * (first.running_var + first.eps).sqrt())
+            first.weight.copy_(torch.where(usable, weight / gain * first.weight, first.weight))
         return
     rows = usable.view(-1, *[1] * (weight.ndim - 1))
     first.weight.copy_(torch.where(rows, weight / gain.view_as(rows), first.weight))
 
 
 def _write_bias(folder: Folder, terms: Sequence[Term], difference: Tensor) -> None:
-    """Add to the bias of the last operation of the first branch that has one."""
+    """Add to the last bias of the first branch that has one."""
     for term in terms:
-        for operation in _operations(folder, term)[-1:]:
+        gain = torch.ones_like(difference)
+        for operation in reversed(_operations(folder, term)):
             if operation.module.bias is not None:
-                operation.module.bias += difference
+                usable = gain.abs() > SMALLEST_GAIN
+                operation.module.bias += torch.where(usable, difference / gain, 0.0)
                 return
+            if operation.kind == "batch_norm":
+                gain = gain * folder.affine(operation)[0]
 
 
 def _follow(qann: Qann, folder: Folder) -> None:
@@ -139,16 +149,15 @@ def _require_written(qann: Qann, wanted: Qann, preprocessing: Preprocessing) -> 
     """Raise UsageError for a layer that has not become what it should."""
     values = spike_values(wanted, preprocessing)
     for layer, target in zip(qann.weighted(), wanted.weighted(), strict=True):
-        errors, largest = [layer.bias - target.bias], [target.bias]
+        clip = target.bias.abs() if target.readout else target.clip
+        pairs = [(layer.bias - target.bias, torch.maximum(clip.amax(), target.bias.abs().amax()))]
         for branch, found, weight in zip(
             layer.branches, layer.weights, target.weights, strict=True
         ):
             # Channels that never fire, such as padded ones, have lost their weights.
             heard = (values[branch.source][0] > 0).double()
-            errors.append(times_inputs(branch, found - weight, heard))
-            largest.append(weight)
-        bound = TOLERANCE * max(float(t.abs().max()) for t in largest)
-        if any(float(error.abs().max()) > bound for error in errors):
+            pairs.append((times_inputs(branch, found - weight, heard), weight.abs().amax()))
+        if any(bool(error.abs().amax() > TOLERANCE * scale) for error, scale in pairs):
             raise UsageError(
                 f"{layer.path}: what the network to start from holds cannot be written back; its "
                 "parameters serve another layer, too, or have changed where the ANN has none"
@@ -158,8 +167,7 @@ def _require_written(qann: Qann, wanted: Qann, preprocessing: Preprocessing) -> 
 def _measure(
     qann: Qann,
     norms: BatchNorms,
-    preprocessing: Preprocessing,
-    timesteps: int,
+    network: SpikingNetwork,
     images: Iterable[Tensor],
 ) -> None:
     """Give every BatchNorm the statistics of these images, and leave what it folds into."""
@@ -176,7 +184,12 @@ def _measure(
         return current
 
     for pixels in images:
-        qann(preprocessing.normalize(pixels), timesteps, normalize=observe)
+        qann(
+            network.preprocessing.normalize(pixels),
+            network.timesteps,
+            offset=network.rounding_offset,
+            normalize=observe,
+        )
     for place, (count, total, squares) in sums.items():
         mean = total / count
         norms.expect_(*place, mean, squares / count - mean.square())
