@@ -69,19 +69,11 @@ class FakeQuantize(torch.autograd.Function):
 
     The gradient with respect to x is 1 strictly between 0 (two-sided: -clip) and the clip; with
     respect to the clip it is 1 from the clip on (-1 below -clip), and `(a - x)/clip` between.
-    Gradients of `residue` times the mean square of what rounding takes away, in steps of one
-    level, are added: of the membrane potential that is left (Guo et al., arXiv 2308.06787).
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        clip: Tensor,
-        timesteps: int,
-        two_sided: bool,
-        offset: float,
-        residue: float = 0.0,
+        ctx: Any, x: Tensor, clip: Tensor, timesteps: int, two_sided: bool, offset: float
     ) -> Tensor:
         """Quantise x `[N, C, ...]` with a clip per channel `[C]`, or one for all `[1]`."""
         step = per_channel(clip, x.ndim) / timesteps
@@ -89,26 +81,20 @@ class FakeQuantize(torch.autograd.Function):
         levels = _levels(in_steps, timesteps, two_sided, offset)
         ctx.save_for_backward(in_steps, levels)
         ctx.timesteps, ctx.two_sided, ctx.channels = timesteps, two_sided, len(clip)
-        # Of the mean square by x, per step of one level that rounding takes away.
-        ctx.middle = 0.5 - offset
-        ctx.pull = 2 * residue / (x.numel() * step) if residue else None
         return step * levels
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """Return the gradients of x and clip."""
         in_steps, levels = ctx.saved_tensors
         if grad.stride() != in_steps.stride():  # or all that is behind pays for the difference
             grad = torch.empty_like(in_steps, dtype=grad.dtype).copy_(grad)
         low = -ctx.timesteps if ctx.two_sided else 0
-        through = grad
-        if ctx.pull is not None:
-            through = torch.addcmul(grad, in_steps - levels - ctx.middle, ctx.pull)
-        by_x = torch.ops.aten.hardtanh_backward(through, in_steps, low, ctx.timesteps)
+        by_x = torch.ops.aten.hardtanh_backward(grad, in_steps, low, ctx.timesteps)
         # Outside, `levels/T` is what remains of `(levels - x/s)/T`: the sign of the end reached.
         by_clip = (grad * levels).addcmul_(by_x, in_steps, value=-1)
         axes = [i for i in range(grad.ndim) if i != 1 or ctx.channels == 1]
-        return by_x, by_clip.sum(axes).view(-1) / ctx.timesteps, None, None, None, None
+        return by_x, by_clip.sum(axes).view(-1) / ctx.timesteps, None, None, None
 
 
 @dataclass
