@@ -229,7 +229,7 @@ class Digits:
         traced = trace(self.loaded.model, self.loaded.preprocessing.input_size)
         plan = make_plan(traced)
         qann = fold(traced, plan)
-        calibrate_(qann, self.images, self.timesteps)
+        calibrate_(qann, self.images, (*self.settings.stages, self.timesteps)[0])
         student = Student(
             traced, plan, qann, self.loaded.preprocessing, self.timesteps, self.weight_bits
         )
@@ -240,7 +240,6 @@ class Digits:
             self.settings,
             state=self.folder / "a.train.pt",
             metrics=self.folder / "a.metrics.jsonl",
-            recalibrate=lambda t: calibrate_(qann, self.images, t),
             **options,
         )
         return self.training.run(resume)
@@ -685,6 +684,11 @@ def test_stages_go_through_larger_t_first(tmp_path: Path) -> None:
     assert [x["timesteps"] for x in lines] == [7, 7, 4, 2]
     assert found["chosen_epoch"] == 3
     assert digits.training.network().timesteps == 2
+    # What was learnt for one T helps at the next.
+    kls = [x["held_out_kl"] for x in lines]
+    plain = Digits(tmp_path)
+    plain.run()
+    assert kls[3] < plain.metrics()[1]["held_out_kl"]
 
 
 def test_too_few_images_and_wrong_settings_are_refused(tmp_path: Path) -> None:

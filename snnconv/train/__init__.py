@@ -56,32 +56,25 @@ def retrain(
 
     `teacher` is the float network to learn from, on normalised images; `taught_by` names it in the
     provenance if it is another than the one traced. `data` is a training split. `images` gives
-    batches of pixels uint8 `[N, C, H, W]` to calibrate on anew, by the method `calibration` and its
-    `percentile`, where the settings name stages or there is a `start`: a spiking network of the
-    same ANN to begin with (`snnconv.train.warm_start`), whose clips stay for the same T;
-    `started_from` names it. `options` are those of `Training`. Returns settings and choice as plain
-    JSON values, for the provenance. With `functools.partial` this is the `retrain` of
-    `snnconv.convert`.
+    batches of pixels uint8 `[N, C, H, W]` to calibrate the first stage on, by the method
+    `calibration` and its `percentile`, where the settings name stages. `start` is a spiking network
+    of the same ANN to begin with, clips and all (`snnconv.train.warm_start`), which `images` are
+    for, too; `started_from` names it. `options` are those of `Training`. Returns settings and what
+    was chosen, as plain JSON values, for the provenance. With `functools.partial` this is the
+    `retrain` of `snnconv.convert`.
     """
 
-    def recalibrate(stage: int) -> None:
-        device = next(qann.parameters()).device
-        pixels = images()
-        normalized = (
-            None if pixels is None else (preprocessing.normalize(p.to(device)) for p in pixels)
-        )
-        calibrate_(qann, normalized, stage, calibration, percentile)
-
     settings = settings or TrainSettings()
-    if calibration == "bn" and settings.stages:
-        raise UsageError("training: stages need images to calibrate on, not --calibration bn")
     if start is not None:
         pixels = images()
         if pixels is None:
             raise UsageError("training: a network to start from needs images to calibrate on")
         warm_start_(traced, plan, qann, preprocessing, initial_membrane, start, pixels)
-        if start.timesteps != timesteps:
-            recalibrate(timesteps)
+    elif settings.stages:
+        if calibration == "bn":
+            raise UsageError("training: stages need images to calibrate on, not --calibration bn")
+        batches = (preprocessing.normalize(p) for p in images() or ())
+        calibrate_(qann, batches, settings.stages[0], calibration, percentile)
     student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)
-    training = Training(student, teacher, data, settings, recalibrate=recalibrate, **options)
+    training = Training(student, teacher, data, settings, **options)
     return {**training.run(resume), "teacher": taught_by, "started_from": started_from}

@@ -71,9 +71,9 @@ class _Progressed:
 class Training:
     """One retraining of a calibrated network, from its start or from where it was left.
 
-    `teacher` is a float network, on normalised images; `recalibrate` sets the QANN's clips for
-    a T, when stages change it. `identity` tells one training from another: a state on disk is only
-    continued under the same. `state` and `metrics` are the files written by the way (None: none).
+    `teacher` is a float network, on normalised images. `identity` tells one training from another:
+    a state on disk is only continued under the same. `state` and `metrics` are the files written by
+    the way (None: none).
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class Training:
         seed: int = 0,
         device: str = "cpu",
         workers: int = 0,
-        recalibrate: Callable[[int], None] | None = None,
         identity: dict[str, Any] | None = None,
         state: Path | None = None,
         metrics: Path | None = None,
@@ -103,7 +102,7 @@ class Training:
         self.student, self.teacher = student.to(device), teacher.to(device).eval()
         self.student.qann.to(device)
         self.data, self.settings, self.seed, self.device = data, settings, seed, device
-        self.workers, self.recalibrate = workers, recalibrate
+        self.workers = workers
         self.identity = {**(identity or {}), "settings": settings.to_dict(), "seed": seed}
         self.state, self.metrics = state, metrics
         self.progress, self.announce = progress, announce
@@ -209,7 +208,7 @@ class Training:
             enabled=True, benchmark=False, deterministic=True, allow_tf32=False
         ):
             if self.at.epoch == 0 and self.at.step == 0:
-                self._enter_stage(0)
+                self.student.timesteps = self._stage(0)
                 self._finish_epoch(0.0)
             while self.at.epoch < self.settings.epochs:
                 self._epoch(model, batches)
@@ -225,19 +224,6 @@ class Training:
         """Return the T of an epoch."""
         stages = (*self.settings.stages, self.timesteps)
         return stages[min(epoch * len(stages) // self.settings.epochs, len(stages) - 1)]
-
-    def _enter_stage(self, epoch: int) -> None:
-        """Go on with the T of an epoch, if it differs."""
-        timesteps = self._stage(epoch)
-        if timesteps == self.student.timesteps and epoch:
-            return
-        if timesteps != self.student.timesteps and self.recalibrate is not None:
-            self.student.refresh()
-            self.recalibrate(timesteps)
-            self.student.take_clips()
-            if self.ema is not None:
-                self.ema = self._copies()
-        self.student.timesteps = timesteps
 
     def _epoch(self, model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         at, epoch = self.at, self.at.epoch
@@ -268,7 +254,7 @@ class Training:
         at.epoch, at.step = epoch + 1, 0
         self._finish_epoch(float(self.optimizer.param_groups[0]["lr"]))
         if at.epoch < self.settings.epochs:
-            self._enter_stage(at.epoch)
+            self.student.timesteps = self._stage(at.epoch)
         self._save()
 
     def _estimate(self, seconds: float) -> None:

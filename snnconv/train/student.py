@@ -122,13 +122,6 @@ class Student(nn.Module):
         """Return all that training changes: the parameters, and the statistics of BatchNorm."""
         return [*(p.detach() for p in self.trained()), *self.norms.statistics()]
 
-    def take_clips(self) -> None:
-        """Take the clips of the QANN, after a calibration."""
-        with torch.no_grad():
-            for layer, log in zip(self.qann.populations(), self.log_clips, strict=True):
-                clips = layer.clip.log()
-                log.copy_(clips if len(log) == len(clips) else clips.amax())
-
     def bound_(self) -> None:
         """Bring clips back within their bounds, after a step has moved them."""
         with torch.no_grad():
