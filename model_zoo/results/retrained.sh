@@ -37,6 +37,8 @@ retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
 
 retrain cifar_resnet20.cifar10-t3 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3
 retrain cifar_resnet20.cifar10-t2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t2
+retrain cifar_resnet20.cifar10-t3-w4 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w4 \
+  --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 retrain cifar_resnet20.cifar10-t7 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t7
 retrain mnist_lenet.mnist-t3 mnist/shrinkbench_mnistnet.pt mnist mnist_lenet_t3
 retrain mnist_lenet.mnist-t1 mnist/shrinkbench_mnistnet.pt mnist mnist_lenet_t1
