@@ -41,6 +41,12 @@ retrain cifar_resnet20.cifar10-t3-w4 cifar10_resnet_akamaster/resnet20-12fca82f.
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 retrain cifar_resnet20.cifar10-t7 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t7 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
+# The network for three steps does with seven as well.
+at7=cifar_resnet20.cifar10-t3-at7-endpoint.eval.json
+[[ ! $at7 =~ $pattern || -e $at7 ]] ||
+  snnconv eval ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors --data "$data/cifar10" --timesteps 7 \
+    --schedule wait --engine endpoint --ann "$checkpoints/cifar10_resnet_akamaster/resnet20-12fca82f.th" \
+    -o $at7 --quiet --no-page
 retrain mnist_lenet.mnist-t3 mnist/shrinkbench_mnistnet.pt mnist mnist_lenet_t3
 retrain mnist_lenet.mnist-t1 mnist/shrinkbench_mnistnet.pt mnist mnist_lenet_t1
 
