@@ -10,6 +10,8 @@ how often network and copy agree, on all test images at the end point of exact s
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -100,6 +102,7 @@ def main(checkpoints: tuple[Path, ...], data: str, share: float, copies: int, ou
         "share": share,
         "copies": copies,
         "seed": 0,
+        "command": shlex.join(["python", *sys.argv]),
         "checkpoints": rows,
     }
     output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
