@@ -39,6 +39,8 @@ retrain cifar_resnet20.cifar10-t3 cifar10_resnet_akamaster/resnet20-12fca82f.th 
 retrain cifar_resnet20.cifar10-t2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t2
 retrain cifar_resnet20.cifar10-t3-w4 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w4 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
+retrain cifar_resnet20.cifar10-t3-w2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w2 \
+  --start-from ../checkpoints/cifar_resnet20.cifar10-t3-w4.snn.safetensors
 retrain cifar_resnet20.cifar10-t7 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t7 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 # The network for three steps does with seven as well.
