@@ -146,6 +146,16 @@ class SpikingNetwork:
         return [n for n in self.nodes if isinstance(n, Population)]
 
     @property
+    def weighted(self) -> list[Population | Readout]:
+        """Return the populations and readouts in topological order."""
+        return [n for n in self.nodes if isinstance(n, Population | Readout)]
+
+    @property
+    def islands(self) -> list[Island]:
+        """Return the analog islands in topological order."""
+        return [n for n in self.nodes if isinstance(n, Island)]
+
+    @property
     def readouts(self) -> list[Readout]:
         """Return the named outputs."""
         return [n for n in self.nodes if isinstance(n, Readout)]

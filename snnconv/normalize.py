@@ -199,8 +199,7 @@ def network_qann(qann: Qann, network: SpikingNetwork, timesteps: int) -> Qann:
     """
     copied = copy.deepcopy(qann).cpu().double()
     values = spike_values(copied, network.preprocessing)
-    nodes = [n for n in network.nodes if isinstance(n, Population | Readout)]
-    for layer, node in zip(copied.weighted(), nodes, strict=True):
+    for layer, node in zip(copied.weighted(), network.weighted, strict=True):
         found = _rounded(layer, node, values, timesteps)
         layer.assign_(found.weights, found.bias)
     return copied

@@ -143,9 +143,7 @@ class Engine(counts.Engine):
         self.ends = counts.Engine(network, timesteps) if self.windowed else None
         self.in_bytes = _in_bytes(network, self.spans, self.windowed)
         self.nodes = {n.name: n for n in network.nodes}
-        self.packed = {
-            n.name: _Packed(n, self) for n in network.nodes if isinstance(n, Population | Readout)
-        }
+        self.packed = {n.name: _Packed(n, self) for n in network.weighted}
         self.hidden = self._unread()
         self.borders = self._borders()
         self.plans: dict[int, _Plan] = {}

@@ -16,7 +16,7 @@ from torch import Tensor
 from snnconv.errors import UsageError
 from snnconv.folding import Folder
 from snnconv.graph import Traced
-from snnconv.network import Island, Population, Readout, SpikingNetwork
+from snnconv.network import Population, SpikingNetwork
 from snnconv.normalize import network_qann, source_constants, spike_values, times_inputs
 from snnconv.operations import Operation
 from snnconv.plan import ConversionPlan, Term
@@ -67,10 +67,10 @@ def _require_alike(qann: Qann, preprocessing: Preprocessing, network: SpikingNet
     """Raise UsageError for a spiking network that was not made from this ANN."""
     if network.preprocessing != preprocessing:
         raise UsageError("the network to start from prepares its images otherwise")
-    theirs = {node.name: _described(node.branches) for node in _layers(network)}
+    theirs = {node.name: _described(node.branches) for node in network.weighted}
     ours = {layer.name: _described(layer.branches) for layer in qann.weighted()}
     different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    if different or [n.name for n in qann.islands()] != [n.name for n in _islands(network)]:
+    if different or [n.name for n in qann.islands()] != [n.name for n in network.islands]:
         raise UsageError(
             "the network to start from was made from another one", different[:3] or ["its islands"]
         )
@@ -80,21 +80,13 @@ def _described(branches: Iterable[Any]) -> list[Any]:
     return [(b.source, b.kind, tuple(b.weight.shape), b.attributes) for b in branches]
 
 
-def _layers(network: SpikingNetwork) -> list[Population | Readout]:
-    return [node for node in network.nodes if isinstance(node, Population | Readout)]
-
-
-def _islands(network: SpikingNetwork) -> list[Island]:
-    return [node for node in network.nodes if isinstance(node, Island)]
-
-
 def _in_float(qann: Qann, preprocessing: Preprocessing, network: SpikingNetwork) -> Qann:
     """Return the QANN with the values of the network's integers, and its clips, in float64."""
     copied = copy.deepcopy(qann).double()
-    for layer, node in zip(copied.weighted(), _layers(network), strict=True):
+    for layer, node in zip(copied.weighted(), network.weighted, strict=True):
         if isinstance(node, Population):
             layer.clip.copy_(node.clip)
-    for island, other in zip(copied.islands(), _islands(network), strict=True):
+    for island, other in zip(copied.islands(), network.islands, strict=True):
         island.unit.copy_(other.unit)
     found = network_qann(copied, network, network.timesteps)
     values = spike_values(found, preprocessing)
