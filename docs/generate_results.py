@@ -43,6 +43,8 @@ def main(args: list[str]) -> int:
         retraining = conversion.get("retraining")
         evaluation["epochs"] = 0 if retraining is None else retraining["settings"]["epochs"]
         evaluation["weight_bits"] = conversion["weight_bits"]
+        evaluation["calibration"] = conversion["calibration"]["method"]
+        evaluation["converted_for"] = conversion["timesteps"]
         evaluation["shortcuts"] = conversion.get("shortcut_normalization", True)
         evaluation["compensation"] = conversion.get("compensation")
     evaluations.sort(key=_order)
@@ -51,7 +53,7 @@ def main(args: list[str]) -> int:
     readme = README.read_text(encoding="utf-8")
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    table = _table(_COLUMNS, [e for e in evaluations if _main(e)])
+    table = _table(_NETWORK_COLUMNS, _networks(evaluations))
     comparisons = [
         {**json.loads(path.read_text(encoding="utf-8")), "report": path.name}
         for path in sorted(REPORTS.glob("*.baselines.json"))
@@ -67,9 +69,27 @@ def main(args: list[str]) -> int:
     return write(texts, args)
 
 
-def _main(evaluation: dict[str, Any]) -> bool:
-    """Return whether a row belongs into README's short table."""
-    return evaluation["neuron"] == "signed" and not evaluation["partial"]
+def _networks(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return README's rows: the ends of exact schedules, with what T steps of `paper` give as `at_t`.
+
+    Of training-free networks for the same T the reconstructed one stands for all.
+    """
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for e in sorted(evaluations, key=lambda e: e["calibration"] == "reconstruct"):
+        if e["neuron"] != "signed" or e["partial"] or e["timesteps"] != e["converted_for"]:
+            continue
+        network = (e["model"], e["timesteps"], e["weight_bits"], e["epochs"] > 0)
+        rows = found.setdefault(network, {})
+        if e["schedule"] == "paper":
+            rows["paper"] = e
+        elif (e["schedule"] == "drain" and e["drain"] is None) or e["engine"] == "endpoint":
+            rows["exact"] = e
+    rows = []
+    for ends in found.values():
+        exact, paper = ends["exact"], ends.get("paper")
+        same = paper is not None and paper["checkpoint"] == exact["checkpoint"]
+        rows.append({**exact, "at_t": paper if same else None})
+    return sorted(rows, key=_order)
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:
@@ -104,28 +124,35 @@ def _simulated(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any
     return lambda e: "" if e["agreement"] is None else cell(e)
 
 
+_NETWORK_COLUMNS = {
+    "model": lambda e: e["model"],
+    "T": lambda e: e["timesteps"],
+    "bits": lambda e: e["weight_bits"],
+    "epochs": lambda e: e["epochs"],
+    "ANN %": lambda e: _percent(e["ann"]),
+    "SNN %": lambda e: _percent(e["snn"]),
+    "drop": lambda e: _drop(e.get("drop")),
+    "latency, steps": _simulated(lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})"),
+    "spikes per neuron": _simulated(lambda e: f"{e['spikes']['per_neuron']:.2f}"),
+    "SNN at T %": lambda e: "" if e["at_t"] is None else _percent(e["at_t"]["snn"]),
+}
+
 _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
     "bits": lambda e: e["weight_bits"],
     "epochs": lambda e: e["epochs"],
     "schedule": lambda e: e["schedule"],
+    "neuron": lambda e: e["neuron"],
     "ANN %": lambda e: _percent(e["ann"]),
     "QANN %": lambda e: _percent(e["qann"]),
     "SNN %": lambda e: _percent(e["snn"]),
+    "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
     "drop": lambda e: _drop(e.get("drop")),
     "counts %": _simulated(lambda e: f"{e['agreement']['counts_percent']:.4g}"),
     "latency, steps": _simulated(lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})"),
     "spikes per neuron": _simulated(lambda e: f"{e['spikes']['per_neuron']:.2f}"),
     "negative %": _simulated(lambda e: f"{e['spikes']['negative_percent']:.1f}"),
-}
-
-_ALL_COLUMNS = {
-    **dict(list(_COLUMNS.items())[:5]),
-    "neuron": lambda e: e["neuron"],
-    **dict(list(_COLUMNS.items())[5:8]),
-    "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
-    **dict(list(_COLUMNS.items())[8:]),
     "images": lambda e: f"{e['images']:,}",
     "ms per image": lambda e: f"{e['wall_ms_per_image']:.1f}",
     "report": lambda e: f"[json](results/{e['report']})",
@@ -143,7 +170,7 @@ def _results(evaluations: list[dict[str, Any]], conversions: dict[str, dict[str,
     for model in dict.fromkeys(e["model"] for e in evaluations):
         rows = [e for e in evaluations if e["model"] == model]
         made = dict.fromkeys(e["checkpoint"] for e in rows)
-        parts.append(f"## {model}\n\n{_table(_ALL_COLUMNS, rows)}")
+        parts.append(f"## {model}\n\n{_table(_COLUMNS, rows)}")
         parts += [_conversion(conversions[name]) for name in made]
         parts.append(f"{_images(rows)}\n")
         reports = [*(conversions[name] for name in made), *rows]
