@@ -70,7 +70,7 @@ def main(args: list[str]) -> int:
 
 
 def _networks(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return README's rows: the ends of exact schedules, with what T steps of `paper` give as `at_t`.
+    """Return README's rows: the ends of exact schedules, and as `at_t` those of `paper`.
 
     Of training-free networks for the same T the reconstructed one stands for all.
     """
@@ -79,11 +79,11 @@ def _networks(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if e["neuron"] != "signed" or e["partial"] or e["timesteps"] != e["converted_for"]:
             continue
         network = (e["model"], e["timesteps"], e["weight_bits"], e["epochs"] > 0)
-        rows = found.setdefault(network, {})
+        ends = found.setdefault(network, {})
         if e["schedule"] == "paper":
-            rows["paper"] = e
+            ends["paper"] = e
         elif (e["schedule"] == "drain" and e["drain"] is None) or e["engine"] == "endpoint":
-            rows["exact"] = e
+            ends["exact"] = e
     rows = []
     for ends in found.values():
         exact, paper = ends["exact"], ends.get("paper")
