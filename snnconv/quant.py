@@ -198,9 +198,18 @@ class Island(nn.Module):
 
     def forward(self, inputs: list[Tensor]) -> Tensor:
         """Return the function of activations `[N, C, ...]`, within its bounds."""
-        result = compute(self.function, self.attributes, inputs)
+        result = compute(self.function, self.attributes, [_finite_gradient(x) for x in inputs])
         bound = per_channel(LARGEST * self.unit, result.ndim).to(result.dtype)
         return result.clamp(-bound, bound)
+
+
+def _finite_gradient(x: Tensor) -> Tensor:
+    """Return x; where what is computed from it has no derivative (1/√x at 0), its gradient is 0."""
+    if not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(lambda grad: grad.nan_to_num(0.0, 0.0, 0.0))
+    return x
 
 
 class Qann(nn.Module):

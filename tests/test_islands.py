@@ -207,7 +207,9 @@ def test_a_wrong_constant_of_a_program_is_found() -> None:
         check_equal(conversion, images(4, 2))
 
 
-@pytest.mark.parametrize("name", ["convnext", "response normalised", "split attention"])
+@pytest.mark.parametrize(
+    "name", ["filter response", "convnext", "response normalised", "split attention"]
+)
 def test_islands_can_be_trained_through(name: str) -> None:
     """What trains stands in front of them too; a program's own constants stay."""
 
