@@ -13,7 +13,7 @@ from torch import Tensor
 
 from snnconv.data import open_data
 from snnconv.data.arrays import from_arrays
-from snnconv.data.augment import Augmentation, training_batches
+from snnconv.data.augment import UNLABELLED, Augmentation, training_batches
 from snnconv.errors import DataError, UsageError
 from snnconv.preprocess import Preprocessing
 
@@ -90,6 +90,56 @@ def test_grey_images_are_not_flipped_unless_asked_for() -> None:
     assert all(np.array_equal(plain[n], p.numpy()) for n, p in kept.items())
     flipped = drawn(Augmentation(crop="none", flip=1.0), GREY)
     assert all(np.array_equal(plain[n][..., ::-1], p.numpy()) for n, p in flipped.items())
+
+
+def mixed(
+    partners: np.ndarray | None, share: float = 1.0, batch: int = 5, workers: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels and labels of images of one color, 10 times their number."""
+    plain = np.arange(COUNT, dtype=np.uint8).repeat(16 * 16 * 3).reshape(COUNT, 16, 16, 3) * 10
+    data = from_arrays("d", "train", plain, np.arange(COUNT))
+    found = training_batches(
+        data,
+        COLOR,
+        Augmentation(crop="none", mix=share),
+        [(0, np.arange(k, min(k + batch, COUNT))) for k in range(0, COUNT, batch)],
+        seed=0,
+        workers=workers,
+        partners=partners,
+    )
+    pixels, labels = zip(*found, strict=True)
+    return torch.cat(pixels).numpy(), torch.cat(labels).numpy()
+
+
+def test_images_are_mixed_with_partners() -> None:
+    """The 20th image is everyone's partner: means with it, and rectangles of it."""
+    pixels, labels = mixed(np.array([20]))
+    assert (labels == UNLABELLED).all()
+    means, rectangles = set(), 0
+    for n, image in enumerate(pixels):
+        assert (image == image[:1]).all()
+        changed = image[0] != 10 * n
+        if changed.all() and (image[0] != 200).all():
+            (value,) = np.unique(image)
+            assert min(10 * n, 200) < value < max(10 * n, 200)
+            means.add(int(value) - 10 * n)
+        elif changed.any() and not changed.all():
+            rectangles += 1
+            rows, columns = np.nonzero(changed)
+            assert changed[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+            assert (image[0][changed] == 200).all()
+    assert 5 < len(means) < 18 and 5 < rectangles < 18
+
+
+def test_mixing_depends_on_the_image_alone_and_needs_partners() -> None:
+    partners = np.arange(COUNT)
+    pixels, labels = mixed(partners, 0.5)
+    assert 4 < (labels == UNLABELLED).sum() < 20
+    plain = labels != UNLABELLED
+    assert (pixels[plain] == 10 * labels[plain].reshape(-1, 1, 1, 1)).all()
+    for again in (mixed(partners, 0.5, batch=7), mixed(partners, 0.5, workers=2)):
+        assert np.array_equal(again[0], pixels) and np.array_equal(again[1], labels)
+    assert np.array_equal(mixed(None)[1], np.arange(COUNT))
 
 
 def test_the_generators_of_others_are_left_alone() -> None:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from snnconv.calibrate import calibrate_
 from snnconv.checkpoint import save_network
 from snnconv.data import choose_indices, open_data
-from snnconv.data.augment import Augmentation
+from snnconv.data.augment import UNLABELLED, Augmentation
 from snnconv.engine import endpoint
 from snnconv.errors import DataError, SnnconvError, UsageError
 from snnconv.folding import Folder, fold
@@ -267,6 +267,29 @@ def test_retraining_comes_nearer_to_the_float_network(tmp_path: Path) -> None:
     assert not np.isin(digits.training.held_out, calibrating).any()
     assert not np.isin(digits.training.indices, digits.training.held_out).any()
     assert lines[1]["train_top1_percent"] > 80 and lines[2]["loss"] < lines[1]["loss"]
+
+
+def test_mixed_images_learn_from_the_teacher_alone(tmp_path: Path) -> None:
+    Digits(tmp_path, epochs=1).run()
+    plain = Digits(tmp_path).metrics()
+    digits = Digits(tmp_path, epochs=1, augmentation=Augmentation(mix=1.0))
+    digits.run()
+    first, last = digits.metrics()
+    assert first == plain[0], "what is held out is never mixed"
+    assert last["train_top1_percent"] is None and last["held_out_kl"] < 0.8 * first["held_out_kl"]
+
+    logits, pixels = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)), noise(SMALL, 4)
+    taught = torch.randn(4, 10, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([3, UNLABELLED, UNLABELLED, 8])
+    digits.training._teach = lambda _: taught  # type: ignore[method-assign]
+    loss = float(digits.training._loss(logits, pixels, labels))
+    p, q = (np.exp(x.numpy().astype(np.float64) / 2) for x in (taught, logits))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    plainly = np.exp(logits.numpy().astype(np.float64))
+    entropy = -np.log(plainly / plainly.sum(1, keepdims=True))
+    expected = 0.1 * (entropy[0, 3] + entropy[3, 8]) / 4
+    expected += 0.9 * 4 * (p * np.log(p / q)).sum() / 4
+    assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_chosen_network_verifies_against_its_own_graph(tmp_path: Path) -> None:
@@ -704,6 +727,8 @@ def test_too_few_images_and_wrong_settings_are_refused(tmp_path: Path) -> None:
     ):  # fmt: skip
         with pytest.raises(UsageError, match=next(iter(wrong))):
             TrainSettings(**wrong)
+    with pytest.raises(UsageError, match="only a teacher can say what mixed images show"):
+        TrainSettings(distill=0.0, augmentation=Augmentation(mix=0.1))
     with pytest.raises(UsageError, match="2 epochs are too few for 2 stages"):
         TrainSettings(epochs=2, stages=(31, 15))
     with pytest.raises(UsageError, match="timm knows no auto_augment 'foo'"):

@@ -32,6 +32,8 @@ from snnconv.preprocess import Preprocessing
 CROPS = ("shift", "scale", "none")
 # Images up to this many pixels a side are shifted; larger ones are cropped and scaled.
 SMALL_SIDE = 64
+# The label of an image that has none, which torch's losses pass over.
+UNLABELLED = -100
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,24 @@ class Augmentation:
     section 4.2), `scale` (timm's random resized crop of at least the share `scale` of its area)
     or `none`; None chooses by size. `flip` is the probability of a horizontal flip; None is one
     half for color images and 0 for grey ones, which are digits as a rule. `auto_augment` is a
-    policy as timm spells it, for example `rand-m9-mstd0.5`.
+    policy as timm spells it, for example `rand-m9-mstd0.5`. `mix` is the share of images that are
+    mixed with another one, half of them pixel by pixel (mixup, Zhang et al., arXiv 1710.09412),
+    half by a rectangle put in (CutMix, Yun et al., arXiv 1905.04899); what they show, only a
+    teacher can say (Beyer et al., arXiv 2106.05237), so they have no label.
     """
 
     crop: str | None = None
     scale: float = 0.35
     flip: float | None = None
     auto_augment: str | None = None
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse values of a wrong type and values that make no sense."""
         require_types("augmentation", self)
         if self.crop not in (None, *CROPS):
             raise UsageError(f"crop must be one of {', '.join(CROPS)}, not {self.crop!r}")
-        for name, value in (("scale", self.scale), ("flip", self.flip)):
+        for name, value in (("scale", self.scale), ("flip", self.flip), ("mix", self.mix)):
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"{name} must be between 0 and 1, not {value}")
 
@@ -109,14 +115,16 @@ def training_batches(
     *,
     seed: int,
     workers: int = 0,
+    partners: np.ndarray | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield augmented pixels uint8 `[n, C, H, W]` and labels int64 `[n]` of each batch.
 
-    A batch is an epoch and the indices of images; the processes live through all of them.
+    A batch is an epoch and the indices of images; the processes live through all of them. Images
+    are mixed with those at `partners`, without these never, and are `UNLABELLED` then.
     Images that cannot be read are left out, so n may be 0, and their names kept in
     `data.unreadable`; raises DataError once they are more than one in a hundred of the data.
     """
-    dataset = _Augmented(data, preprocessing, augmentation, seed)
+    dataset = _Augmented(data, preprocessing, augmentation, seed, partners)
     loader = DataLoader(
         dataset,
         # Epoch and index of every image, made as they are asked for.
@@ -145,9 +153,11 @@ class _Augmented(Dataset[Any]):
         preprocessing: Preprocessing,
         augmentation: Augmentation,
         seed: int,
+        partners: np.ndarray | None,
     ) -> None:
         self.data, self.preprocessing, self.seed = data, preprocessing, seed
         self.transform = augmentation.transform(preprocessing)
+        self.partners, self.mix = partners, augmentation.mix
 
     def __len__(self) -> int:
         return len(self.data)
@@ -157,6 +167,16 @@ class _Augmented(Dataset[Any]):
             return [self.one(epoch, index) for epoch, index in keys]
 
     def one(self, epoch: int, index: int) -> tuple[np.ndarray, int] | str:
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, index]))
+        found = self.alone(epoch, index)
+        if self.partners is None or generator.random() >= self.mix or isinstance(found, str):
+            return found
+        other = self.alone(epoch, int(generator.choice(self.partners)))
+        return (
+            found if isinstance(other, str) else (_mixed(found[0], other[0], generator), UNLABELLED)
+        )
+
+    def alone(self, epoch: int, index: int) -> tuple[np.ndarray, int] | str:
         state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(3)
         random.seed(int(state[0]))
         np.random.seed(int(state[1]))  # timm's policies draw from the global generators
@@ -166,6 +186,20 @@ class _Augmented(Dataset[Any]):
         except UnreadableImage as error:
             return str(error)
         return pixels, int(self.data.labels[index])
+
+
+def _mixed(image: np.ndarray, other: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return the mean of two images `[C, H, W]`, or one with a rectangle of the other in it."""
+    share = generator.random()
+    if generator.random() < 0.5:
+        return (image + share * (other.astype(np.float32) - image)).round().astype(np.uint8)
+    sides = np.array(image.shape[1:])
+    center, half = generator.random(2) * sides, np.sqrt(share) * sides / 2
+    top, left = (center - half).round().astype(int).clip(0)
+    bottom, right = (center + half).round().astype(int)
+    mixed = image.copy()
+    mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    return mixed
 
 
 def _collate(items: list[tuple[np.ndarray, int] | str]) -> tuple[Tensor, Tensor, list[str]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from snnconv import distributed
 from snnconv.data import ImageData, choose_indices, default_batch
-from snnconv.data.augment import training_batches
+from snnconv.data.augment import UNLABELLED, training_batches
 from snnconv.engine import prepare
 from snnconv.errors import DataError, SnnconvError, UsageError, first_line
 from snnconv.files import write_atomically
@@ -61,6 +61,7 @@ class _Progressed:
     step: int = 0
     loss: float = 0.0
     hits: int = 0
+    labelled: int = 0
     images: int = 0
     best_score: float = math.inf
     best_epoch: int = 0
@@ -142,7 +143,7 @@ class Training:
         self.captured: dict[tuple[int, bool, bool], CapturedStep | None] = {}
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.clock = _Clock()
-        # What the last steps found on the device, [loss, hits, images], and when it was last read.
+        # What the last steps found on the device, and when it was last read.
         self.sums: Tensor | None = None
         self.read = time.monotonic()
         settings.augmentation.transform(self.preprocessing)  # complains before anything is done
@@ -286,6 +287,7 @@ class Training:
             batches(self.at.epoch, self.at.step),
             seed=self.seed,
             workers=self.workers,
+            partners=self.indices,
         )
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -319,7 +321,8 @@ class Training:
             loss.backward()
         else:
             loss, hits = recorded(pixels, labels)
-        here = [loss.detach() / distributed.size(), hits, torch.full_like(hits, len(labels))]
+        counts = [hits, (labels != UNLABELLED).sum(), torch.full_like(hits, len(labels))]
+        here = [loss.detach() / distributed.size(), *counts]
         sums = distributed.sum_over_ranks(torch.stack([v.double() for v in here]))
         self.sums = sums if self.sums is None else self.sums + sums
         if self._is_time_to_read():
@@ -358,13 +361,14 @@ class Training:
         self.read = time.monotonic()
         if self.sums is None:
             return
-        loss, hits, images = self.sums.tolist()
+        loss, hits, labelled, images = self.sums.tolist()
         self.sums = None
         if not math.isfinite(loss):
             step = min(self.at.step + 1, self.steps)
             raise self._diverged(f"the loss is {loss} by step {step}")
         at = self.at
-        at.loss, at.hits, at.images = at.loss + loss, at.hits + int(hits), at.images + int(images)
+        at.loss, at.images = at.loss + loss, at.images + int(images)
+        at.hits, at.labelled = at.hits + int(hits), at.labelled + int(labelled)
 
     def _mean_loss(self) -> float:
         """Return the mean of the epoch's losses that have been read."""
@@ -421,9 +425,15 @@ class Training:
                 raise self._diverged(f"a parameter is infinite or undefined {where}")
 
     def _loss(self, logits: Tensor, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean of cross entropy and divergence from the teacher over images."""
+        """Return the mean of cross entropy and divergence from the teacher over images.
+
+        An image without a label has no cross entropy.
+        """
         share, temperature = self.settings.distill, self.settings.temperature
-        loss = (1 - share) * F.cross_entropy(logits, labels) if share < 1 else logits.new_zeros(())
+        loss = logits.new_zeros(())
+        if share < 1:
+            entropy = F.cross_entropy(logits, labels, ignore_index=UNLABELLED, reduction="sum")
+            loss = (1 - share) * entropy / len(labels)
         if share:
             with torch.no_grad():
                 target = self._teach(pixels).float() / temperature
@@ -471,14 +481,14 @@ class Training:
             "epoch": at.epoch,
             "timesteps": self.student.timesteps,
             "loss": at.loss / self.steps if at.images else None,
-            "train_top1_percent": 100 * at.hits / at.images if at.images else None,
+            "train_top1_percent": 100 * at.hits / at.labelled if at.labelled else None,
             "held_out_kl": kl,
             "held_out_top1_percent": accuracy,
             "lr": lr,
             "seconds": round(at.seconds, 1),
             "device": self._hardware(),
         }
-        at.loss, at.hits, at.images = 0.0, 0, 0
+        at.loss, at.hits, at.labelled, at.images = 0.0, 0, 0, 0
         if self.metrics is not None and distributed.rank() == 0:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")

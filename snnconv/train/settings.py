@@ -65,6 +65,10 @@ class TrainSettings:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise UsageError(f"training: {key} must be from {low:g} to {high:g}, not {value:g}")
+        if self.augmentation.mix and not self.distill:
+            raise UsageError(
+                "training: only a teacher can say what mixed images show; take distill > 0"
+            )
         if any(t < 1 for t in self.stages):
             raise UsageError(f"training: stages must be positive T, not {list(self.stages)}")
         if self.epochs <= len(self.stages):
