@@ -157,6 +157,8 @@ def _print(e: dict[str, Any]) -> None:
         rows.append(("  by spike count", f"{by_count:.2f} %, as neurons in the readout would fire"))
     if e["by_step"] is not None:
         rows += _course(e)
+    elif e["latency_steps"] is not None:
+        rows.append(("latency", _latency(e)))
     rows += _verdicts(e)
     rows.append(
         ("time", f"{e['wall_ms_per_image']:.1f} ms per image, {e['engine']}, {e['device']}")
@@ -192,8 +194,6 @@ def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
     """Return rows of what the simulation told."""
-    from snnconv.report.document import in_steps
-
     drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
     return [
         (
@@ -204,9 +204,7 @@ def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "latency",
-            f"{in_steps(e['latency_steps'])} ({e['latency_steps_clocked']} with one step per "
-            "layer); "
-            f"drain {drain['max']} at most, {drain['mean']:.1f} on average",
+            f"{_latency(e)}; drain {drain['max']} at most, {drain['mean']:.1f} on average",
         ),
         (
             "spikes",
@@ -214,6 +212,12 @@ def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
             f"{spikes['over_minimum']:.2f}x the minimum",
         ),
     ]
+
+
+def _latency(e: dict[str, Any]) -> str:
+    from snnconv.report.document import in_steps
+
+    return f"{in_steps(e['latency_steps'])} ({e['latency_steps_clocked']} with one step per layer)"
 
 
 def _thinned(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:

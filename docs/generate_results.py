@@ -119,6 +119,11 @@ def _drop(value: dict[str, Any] | None) -> str:
     return f"{value['percent']:.2f} ({least:.2f} to {most:.2f})"
 
 
+def _latency(e: dict[str, Any]) -> str:
+    steps = e["latency_steps"]
+    return "" if steps is None else f"{steps} ({e['latency_steps_clocked']})"
+
+
 def _simulated(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
     """Leave a cell empty where only the end point was computed."""
     return lambda e: "" if e["agreement"] is None else cell(e)
@@ -132,7 +137,7 @@ _NETWORK_COLUMNS = {
     "ANN %": lambda e: _percent(e["ann"]),
     "SNN %": lambda e: _percent(e["snn"]),
     "drop": lambda e: _drop(e.get("drop")),
-    "latency, steps": _simulated(lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})"),
+    "latency, steps": _latency,
     "spikes per neuron": _simulated(lambda e: f"{e['spikes']['per_neuron']:.2f}"),
     "SNN at T %": lambda e: "" if e["at_t"] is None else _percent(e["at_t"]["snn"]),
 }
@@ -150,7 +155,7 @@ _COLUMNS = {
     "interval": lambda e: "{:.2f} to {:.2f}".format(*e["snn"]["interval95_percent"]),
     "drop": lambda e: _drop(e.get("drop")),
     "counts %": _simulated(lambda e: f"{e['agreement']['counts_percent']:.4g}"),
-    "latency, steps": _simulated(lambda e: f"{e['latency_steps']} ({e['latency_steps_clocked']})"),
+    "latency, steps": _latency,
     "spikes per neuron": _simulated(lambda e: f"{e['spikes']['per_neuron']:.2f}"),
     "negative %": _simulated(lambda e: f"{e['spikes']['negative_percent']:.1f}"),
     "images": lambda e: f"{e['images']:,}",

@@ -408,7 +408,7 @@ def evaluate(
         "qann": {"top1_percent": 100 * tally.end_hits / tally.images},
         "qann_float": None,
         "snn": _accuracy(tally.hits, tally.images),
-        **(_course(network, schedule, tally) if simulated else dict.fromkeys(COURSE)),
+        **(_course(network, schedule, tally) if simulated else _course_unseen(network, schedule)),
         **(_energy(network, schedule, tally) if statistics else dict.fromkeys(STATISTICS)),
         "errors": None,
         "wall_ms_per_image": 1000 * seconds / tally.images,
@@ -527,8 +527,7 @@ def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
     counted = sum(b[-1] or 0 for b in tally.by_step_counted)
     return {
         "snn_by_count": _accuracy(counted, tally.images) if tally.by_step_counted else None,
-        "latency_steps": latency,
-        "latency_steps_clocked": latency + network.depth,
+        **_latencies(network, latency),
         "drain_steps": {
             "max": int(drains.max()),
             "mean": float(drains.mean()),
@@ -549,6 +548,16 @@ def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
         },
         "layers": _layers(network, tally, latency),
     }
+
+
+def _course_unseen(network: SpikingNetwork, schedule: Schedule) -> dict[str, Any]:
+    """Return what is known without a simulation: the latency, if it does not depend on images."""
+    fixed = {} if schedule.drain is None else _latencies(network, schedule.longest)
+    return {**dict.fromkeys(COURSE), **fixed}
+
+
+def _latencies(network: SpikingNetwork, steps: int) -> dict[str, int]:
+    return {"latency_steps": steps, "latency_steps_clocked": steps + network.depth}
 
 
 def _energy(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[str, Any]:

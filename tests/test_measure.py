@@ -125,6 +125,20 @@ def test_the_end_point_alone_gives_the_same_accuracy() -> None:
         )  # fmt: skip
 
 
+def test_the_latency_of_an_end_point_is_known_where_images_do_not_decide_it() -> None:
+    network = converted("residual").network
+    keys = "latency_steps", "latency_steps_clocked"
+    for schedule, known in (("wait", True), ("drain", False), ("stagger", False)):
+        whole, end = (
+            evaluate(
+                network, data(settled_labels()), np.arange(COUNT),
+                network.timetable(name=schedule), engine=engine,
+            )
+            for engine in ("reference", "endpoint")
+        )  # fmt: skip
+        assert [end[key] for key in keys] == [whole[key] if known else None for key in keys]
+
+
 def test_every_step_is_the_accuracy_of_that_step() -> None:
     network = converted("residual").network
     labels = settled_labels()

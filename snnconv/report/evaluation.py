@@ -197,7 +197,8 @@ def _missing(e: dict[str, Any]) -> Section | None:
     if e.get("engine") == "endpoint":
         lacking = [
             "Nothing was simulated: the accuracy is that of the end point, where the schedule ends "
-            "exactly. There is no latency, no agreement, no course over time, and no spikes."
+            "exactly. There is no agreement, no course over time, no spikes, and no latency but "
+            "under the schedule wait."
         ]
     else:
         parts = {
