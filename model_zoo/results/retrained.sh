@@ -38,6 +38,8 @@ retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
 retrain cifar_resnet20.cifar10-t3 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3
 retrain cifar_resnet20.cifar10-t2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t2 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
+retrain cifar_resnet20.cifar10-t1 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t1 \
+  --start-from $work/cifar_resnet20.cifar10-t2.snn.safetensors
 retrain cifar_resnet20.cifar10-t3-w4 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w4 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 retrain cifar_resnet20.cifar10-t3-w2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w2 \
