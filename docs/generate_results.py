@@ -129,19 +129,6 @@ def _simulated(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any
     return lambda e: "" if e["agreement"] is None else cell(e)
 
 
-_NETWORK_COLUMNS = {
-    "model": lambda e: e["model"],
-    "T": lambda e: e["timesteps"],
-    "bits": lambda e: e["weight_bits"],
-    "epochs": lambda e: e["epochs"],
-    "ANN %": lambda e: _percent(e["ann"]),
-    "SNN %": lambda e: _percent(e["snn"]),
-    "drop": lambda e: _drop(e.get("drop")),
-    "latency, steps": _latency,
-    "spikes per neuron": _simulated(lambda e: f"{e['spikes']['per_neuron']:.2f}"),
-    "SNN at T %": lambda e: "" if e["at_t"] is None else _percent(e["at_t"]["snn"]),
-}
-
 _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
@@ -162,6 +149,18 @@ _COLUMNS = {
     "ms per image": lambda e: f"{e['wall_ms_per_image']:.1f}",
     "report": lambda e: f"[json](results/{e['report']})",
 }
+
+# README's columns.
+_NETWORK_COLUMNS = {
+    **{
+        name: _COLUMNS[name]
+        for name in (
+            "model", "T", "bits", "epochs", "ANN %", "SNN %", "drop", "latency, steps",
+            "spikes per neuron",
+        )
+    },
+    "SNN at T %": lambda e: "" if e["at_t"] is None else _percent(e["at_t"]["snn"]),
+}  # fmt: skip
 
 
 def _table(columns: dict[str, Any], rows: list[dict[str, Any]]) -> str:

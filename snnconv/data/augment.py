@@ -167,9 +167,11 @@ class _Augmented(Dataset[Any]):
             return [self.one(epoch, index) for epoch, index in keys]
 
     def one(self, epoch: int, index: int) -> tuple[np.ndarray, int] | str:
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, index]))
         found = self.alone(epoch, index)
-        if self.partners is None or generator.random() >= self.mix or isinstance(found, str):
+        if self.partners is None or not self.mix or isinstance(found, str):
+            return found
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, index]))
+        if generator.random() >= self.mix:
             return found
         other = self.alone(epoch, int(generator.choice(self.partners)))
         return (
