@@ -55,6 +55,7 @@ def forwards_of(
     The latter only if no other weights became of the ANN's. Raises UsageError if the network is no
     classifier.
     """
+    from snnconv.diagnosis import has_other_weights
     from snnconv.measure import classes
     from snnconv.pipeline import float_qann
     from snnconv.replace import replace_activations
@@ -63,8 +64,7 @@ def forwards_of(
     model = model.to(device)
     readout = classes(network)
     forwards: dict[str, Callable[[Any], Any]] = {"ann": lambda pixels: model(normalize(pixels))}
-    reconstructed = (network.provenance.get("reconstruction") or {}).get("kept")
-    if not (network.provenance.get("retraining") or reconstructed):
+    if not has_other_weights(network):
         qann_of = model
         if network.provenance.get("replaced_activations"):
             qann_of, _ = replace_activations(qann_of)

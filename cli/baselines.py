@@ -45,7 +45,12 @@ def compare(
     settings += [split] if split != "test" else []
     settings += [f"limit{limit}"] if limit else []
     path = output or report.default_path(found[0][1], "baselines", settings)
-    own = {"schema": "snnconv.baselines/1", "data": images.name, "seed": seed}
+    own = {
+        "schema": "snnconv.baselines/1",
+        "checkpoints": list(networks),
+        "data": images.name,
+        "seed": seed,
+    }
     report.require_writable(path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
@@ -64,23 +69,24 @@ def compare(
             forwards = forwards_of(load_ann(ann, first), first, steps, place)
             only = {"ann": forwards["ann"]}
             measured = measure_forwards(only, first, images, indices, place, progress)["ann"]
+    measured_images = len(indices) - len(images.unreadable)
     contents = {
-        "schema": "snnconv.baselines/1",
+        **own,
         "version": __version__,
         "model": first.model.get("name"),
         "split": split,
-        "images": len(indices),
-        "partial": len(indices) < len(images),
-        "data": images.name,
+        "images": measured_images,
+        "partial": measured_images < len(images),
         "data_note": images.note,
         "data_sha256": images.sha256(indices),
         "ann": measured,
         "rows": rows,
-        "seed": seed,
         "device": place,
     }
     if distributed.is_leader():
-        report.write(path, contents, console.arguments())
+        # The newest checkpoint of today may not be that of tomorrow.
+        command = [*console.arguments(), *([] if checkpoints else [str(found[0][0])])]
+        report.write(path, contents, command)
     if as_json:
         console.emit_json(contents)
         return

@@ -533,7 +533,14 @@ def _held_out(
     if train is None:
         raise UsageError(f"--compensation {compensation} needs images: give --data")
     count = min(COMPENSATION_IMAGES, len(train) // 2)
-    return np.setdiff1d(choose_indices(len(train), count, seed, others=True), calibrated)
+    found = np.setdiff1d(choose_indices(len(train), count, seed, others=True), calibrated)
+    if not len(found):
+        raise UsageError(
+            f"--compensation {compensation} needs images that do not calibrate, and all "
+            f"{len(train)} do: "
+            + ("give data with a training part" if train.note else "lower --calibration-images")
+        )
+    return found
 
 
 def _measure_ann(

@@ -63,8 +63,8 @@ from .convert import parse_drain
 @click.option(
     "--ann",
     metavar="CHECKPOINT",
-    help="Measure the ANN too: the source that was converted. Without retraining, its float QANN "
-    "as well.",
+    help="Measure the ANN too: the source that was converted. If its weights are still in use, its "
+    "float QANN as well.",
 )
 @click.option(
     "--baselines",
@@ -216,9 +216,11 @@ def command(
 def _refuse_with_baselines() -> None:
     """Raise UsageError for options that say how to run a network: --baselines takes all ways."""
     context = click.get_current_context()
+    names = ["schedule", "drain", "stagger", "neuron", "initial_membrane", "engine", "statistics"]
+    names += ["page"] if context.params["page"] else []  # there is none
     useless = [
         f"--{name.replace('_', '-')}"
-        for name in ("schedule", "drain", "stagger", "neuron", "initial_membrane", "engine")
+        for name in names
         if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
     ]
     if useless:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from snnconv.errors import SnnconvError, UsageError, first_line
 
 from . import console, options
+
+if TYPE_CHECKING:
+    from snnconv.report.reading import Report
 
 
 @options.command(
@@ -59,7 +63,7 @@ def command(
     if changes:
         found = [reading.with_assumptions(r, changes) if r.is_evaluation else r for r in found]
     found.sort(key=reading.order)
-    path = output or _default(sources, [r.path for r in found])
+    path = output or _default(sources, found)
     if path.suffix not in (".html", ".md"):
         raise UsageError(f"--output {path}: a page is named *.html or *.md")
     report.require_writable(path, force or (output is None and html.is_own(path)))
@@ -125,12 +129,14 @@ def _paths(sources: tuple[Path, ...], quiet: bool) -> list[Path]:
     return list(dict.fromkeys(paths))
 
 
-def _default(sources: tuple[Path, ...], paths: list[Path]) -> Path:
-    if len(paths) == 1:
-        return paths[0].with_suffix(".html")
+def _default(sources: tuple[Path, ...], found: Sequence[Report]) -> Path:
+    from snnconv import report
+
+    if len(found) == 1:
+        return found[0].path.with_suffix(".html")
     if len(sources) == 1 and sources[0].suffix != ".json":
-        stem = paths[0].name.partition(".")[0]
-        return paths[0].with_name(f"{stem}.report.html")
+        checkpoint = found[0].path.with_name(found[0].contents["checkpoint"])
+        return report.default_path(checkpoint, "report").with_suffix(".html")
     return Path("report.html")
 
 

@@ -47,13 +47,16 @@ def compensate(
 
     `qann` is the float network it was made from, `images` batches of uint8 `[N, C, H, W]` that did
     not calibrate it. Both kinds look at the end of T steps of the schedule `paper`. Raises
-    UsageError for an unknown kind, and for a gain of neurons that do not start at V0 = 0.
+    UsageError for an unknown kind, without images, and for a gain of neurons that do not start at
+    V0 = 0.
     """
     if kind not in KINDS:
         raise UsageError(f"unknown compensation {kind!r}; choose from {', '.join(KINDS)}")
     if kind == "none":
         return network, {"kind": kind}
-    batches = list(images)
+    batches = [pixels for pixels in images if len(pixels)]
+    if not batches:
+        raise UsageError(f"compensation {kind!r} needs images that did not calibrate")
     described = {"kind": kind, "images": sum(map(len, batches))}
     if kind == "bias":
         return with_biases(network, qann, batches, progress), described

@@ -154,7 +154,7 @@ class _Chain:
             integers = network_qann(self.ann, network, schedule.timesteps)
             self.integers = integers.float().to(device)
             self.layers = list(self.integers.populations())
-        self.other_weights = _has_other_weights(network)
+        self.other_weights = has_other_weights(network)
 
     def run(self, pixels: Tensor) -> tuple[dict[str, Found], dict[str, Found]]:
         """Return what every stage computes, `reference` first, and each cause switched on alone."""
@@ -238,7 +238,7 @@ class _Chain:
         return found, outputs[self.readout].flatten(1)
 
 
-def _has_other_weights(network: SpikingNetwork) -> bool:
+def has_other_weights(network: SpikingNetwork) -> bool:
     """Return whether the network has other weights than its ANN, beside their rounding."""
     told = network.provenance
     compensation = told.get("compensation") or {}
@@ -247,6 +247,7 @@ def _has_other_weights(network: SpikingNetwork) -> bool:
         or told.get("finetuning")
         or (told.get("reconstruction") or {}).get("kept")
         or compensation.get("kind", "none") != "none"
+        or told.get("shortcut_normalization") is False
     )
 
 

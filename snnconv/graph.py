@@ -40,9 +40,14 @@ class Traced:
     example: Tensor
 
     def path(self, node: fx.Node) -> str:
-        """Return where a node stands in the user's code: its module path, else its name."""
+        """Return where a node stands in the user's code: its module path, else its name.
+
+        The second call of a module has `#2` behind its path, and so on.
+        """
         if node.op == "call_module":
-            return str(node.target)
+            calls = [n for n in node.graph.nodes if (n.op, n.target) == (node.op, node.target)]
+            number = calls.index(node) + 1
+            return f"{node.target}#{number}" if number > 1 else str(node.target)
         stack = node.meta.get("nn_module_stack") or {}
         owner = next(reversed(stack.values()))[0] if stack else ""
         return f"{owner}:{node.name}" if owner else node.name

@@ -436,7 +436,7 @@ def compare(
     quantised ANN, has been recovered.
     """
     rows: list[dict[str, Any]] = []
-    parents: dict[str, tuple[float, float]] = {}
+    parents: dict[tuple[str, str], tuple[float, float]] = {}
     order = sorted(networks, key=lambda name: "finetuning" in networks[name].provenance)
     for name in order:
         network = networks[name]
@@ -459,13 +459,14 @@ def compare(
                 settled = {"method": "quantised ANN", "checkpoint": name, **found["qann"]}
                 rows.append({**dict.fromkeys(COMPARED), **settled})
             row = {**_compared(found), "method": method, "checkpoint": name}
-            if method == "signed at T":
-                parents[sha256(network)] = (
+            if tuning is None and schedule == "paper":
+                parents[sha256(network), neuron] = (
                     found["snn"]["top1_percent"],
                     found["qann"]["top1_percent"],
                 )
-            if tuning is not None and tuning.get("parent_sha256") in parents:
-                at_t, quantised = parents[tuning["parent_sha256"]]
+            parent = (tuning or {}).get("parent_sha256", ""), neuron
+            if tuning is not None and parent in parents:
+                at_t, quantised = parents[parent]
                 if quantised > at_t:
                     gained = found["snn"]["top1_percent"] - at_t
                     row["recovered_percent"] = 100 * gained / (quantised - at_t)

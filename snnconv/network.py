@@ -188,13 +188,21 @@ class SpikingNetwork:
 
     @property
     def eventful(self) -> list[Population | Relay]:
-        """Return the nodes whose unit events do not follow from those of the nodes they read."""
-        return [
-            n
-            for n in self.nodes
-            if isinstance(n, Population)
-            or (isinstance(n, Relay) and n.op in NONLINEAR and n.name in self.steady)
-        ]
+        """Return the nodes whose unit events do not follow from those of the nodes they read.
+
+        Those are the populations, and nonlinear maps that spikes reach.
+        """
+        found: list[Population | Relay] = []
+        reached: set[str] = set()
+        for node in self.nodes:
+            spikes = isinstance(node, Relay) and not reached.isdisjoint(node.inputs)
+            if isinstance(node, Population) or spikes:
+                reached.add(node.name)
+            if isinstance(node, Population) or (
+                isinstance(node, Relay) and spikes and node.op in NONLINEAR
+            ):
+                found.append(node)
+        return found
 
     @property
     def logits(self) -> Readout | None:

@@ -217,21 +217,26 @@ def _integer_layers(
     images = image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)
-    for layer, bits in zip(qann.weighted(), layer_bits(qann, weight_bits), strict=True):
+    bits = layer_bits(qann, weight_bits)
+    for layer in qann.weighted():
         if layer.readout:
             yield _readout(layer, values, depth[layer.name])
         else:
             stem = any(b.source in images for b in layer.branches)
-            yield _population(layer, values, depth[layer.name], bits, stem, resolved)
+            yield _population(layer, values, depth[layer.name], bits[layer.name], stem, resolved)
 
 
-def layer_bits(qann: Qann, weight_bits: int) -> list[int]:
-    """Return the bits of every layer's weights: 8 in the first layer and in readouts."""
-    images = image_carriers(qann)
-    return [
-        8 if layer.readout or any(b.source in images for b in layer.branches) else weight_bits
-        for layer in qann.weighted()
-    ]
+def layer_bits(network: Qann | SpikingNetwork, weight_bits: int) -> dict[str, int]:
+    """Return the bits of every layer's weights: 8 where they read the image, and in readouts."""
+    images = image_carriers(network)
+    layers = network.weighted if isinstance(network, SpikingNetwork) else network.weighted()
+    readouts = {n.name for n in layers if isinstance(n, Readout) or getattr(n, "readout", False)}
+    return {
+        layer.name: 8
+        if layer.name in readouts or any(b.source in images for b in layer.branches)
+        else weight_bits
+        for layer in layers
+    }
 
 
 def spike_values(
@@ -245,11 +250,13 @@ def spike_values(
     return count_values(qann.nodes, preprocessing, dtype)
 
 
-def image_carriers(qann: Qann) -> set[str]:
+def image_carriers(network: Qann | SpikingNetwork) -> set[str]:
     """Return the nodes that carry pixels: the sources, and maps that read one."""
     names: set[str] = set()
-    for node in qann.nodes:
-        if isinstance(node, Source) or (isinstance(node, Relay) and names & set(node.inputs)):
+    for node in network.nodes:
+        if isinstance(node, Source | Image) or (
+            isinstance(node, Relay) and names & set(node.inputs)
+        ):
             names.add(node.name)
     return names
 

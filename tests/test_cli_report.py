@@ -58,6 +58,16 @@ def test_of_a_checkpoint_all_its_reports_are_taken(capsys: pytest.CaptureFixture
     assert found["reports"][0]["report"]["snn"]["top1_percent"] == 89.15
 
 
+def test_the_page_of_a_checkpoint_has_its_whole_name() -> None:
+    name = "net.t3.snn.safetensors"
+    Path(name).touch()
+    for schedule in ("drain", "paper"):
+        e = whole(f"resnet20-T8-{schedule}-signed.eval.json", checkpoint=name)
+        save(f"net.t3.T8-{schedule}-signed.eval.json", e)
+    assert run(["report", name, "-q"]) == 0
+    assert Path("net.t3.report.html").is_file() and not Path("net.report.html").exists()
+
+
 def test_markdown_by_the_name_of_the_output() -> None:
     save("a.eval.json", whole())
     assert run(["report", "a.eval.json", "-o", "a.md", "-q"]) == 0

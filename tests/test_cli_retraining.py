@@ -189,6 +189,10 @@ def test_a_recipe_says_how_to_convert_and_options_override_it(
     assert run([*command, "--compensation", "gain"]) == 0
     found = output(capsys)
     assert (found["calibration"]["method"], found["initial_membrane"]) == ("mse", "zero")
+    capsys.readouterr()
+    everything = ["--compensation", "bias", "--calibration-images", "9999"]
+    assert run([*command, *everything]) == 2
+    assert "lower --calibration-images" in capsys.readouterr().err
     assert run([*command, "--percentile", "99"]) == 2
     assert "--percentile belongs to --calibration percentile, not mse" in capsys.readouterr().err
     Path("snnconv.toml").unlink()

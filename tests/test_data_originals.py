@@ -188,8 +188,18 @@ def test_a_folder_by_its_timm_name(tmp_path: Path) -> None:
             folder = tmp_path / split / "ab"[k % 2]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((32, 32, 3), 40 * k, np.uint8)).save(folder / f"{k}.png")
+    for name in ("torch/image_folder", "torch/Folder"):
+        one, two = (open_data(f"{name}@{tmp_path / 'train'}", s) for s in ("train", "test"))
+        assert len(one) + len(two) == 4 and one.note
+        assert one.sha256(range(2)) != two.sha256(range(2))
     data = open_data(f"torch/image_folder@{tmp_path}", "test")
     ((x, y),) = data.batches(COLOR, range(4), 4)
     assert y.tolist() == [0, 0, 1, 1]
     assert x[:, 0, 0, 0].tolist() == [0, 80, 40, 120]
     assert data.sha256(range(4)) != data.sha256(range(3))
+
+
+@pytest.mark.parametrize("name", ["tfds/mnist", "wds/mnist@here", "hfids/mnist"])
+def test_streams_are_refused_with_the_way_out(name: str) -> None:
+    with pytest.raises(DataError, match=r"stream.*train\.npz"):
+        open_data(name, "train")

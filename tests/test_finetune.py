@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, converted, images
-from torch import Tensor
+from networks import NETWORKS, PREPROCESSING, converted, images
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from snnconv.checkpoint import load_network, sha256
 from snnconv.cli.main import run
@@ -26,6 +27,7 @@ from snnconv.finetune.settings import divide
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.normalize import count_values
 from snnconv.ops import per_channel
+from snnconv.pipeline import convert
 from snnconv.quant import quantize
 
 COUNT = 60
@@ -252,6 +254,43 @@ def test_images_that_were_held_out_of_retraining_teach_nothing() -> None:
         Finetuning(network, data(5), settings)
 
 
+def test_images_held_out_of_a_tuning_teach_nothing_in_those_after_it() -> None:
+    network = converted("residual").network
+    _, first = divide(network, 100, 10, 0)
+    for seed, count in ((0, 10), (1, 4), (1, 4)):
+        tuning = Finetuning(network, data(100), FinetuneSettings(held_out=count), seed=seed)
+        network.provenance["finetuning"] = tuning.described()
+        assert set(tuning.held_out) <= set(first)
+        assert tuning.layerwise is not None and not set(tuning.layerwise.taught) & set(first)
+
+
+class BesideTheImage(nn.Module):
+    """A layer that reads neurons and the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(7, 4, 3, padding=1)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.second(torch.cat([F.relu(self.first(x)), x], 1)))
+        found: Tensor = self.head(x.mean((2, 3)))
+        return found
+
+
+def test_layers_that_read_the_image_keep_their_eight_bits() -> None:
+    torch.manual_seed(0)
+    model = BesideTheImage().eval()
+    network = convert(model, PREPROCESSING, [images(8, 1)], timesteps=3, weight_bits=4).network
+    weights = [b.weight for p in network.populations for b in p.branches]
+    assert min(int(w.abs().max()) for w in weights) > 100
+    settings = FinetuneSettings(lr=1e-6, epochs=1, images=30, held_out=5)
+    tuning = Finetuning(network, data(60), settings)
+    list(tuning.run())
+    tuned = [b.weight for p in tuning.tuned.populations for b in p.branches]
+    assert all(torch.equal(a, b) for a, b in zip(weights, tuned, strict=True))
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [
@@ -313,7 +352,15 @@ def test_the_command_makes_a_better_checkpoint(
     assert run(["eval", *both, "--data", "zoo:digits", "--baselines", "--json", "-q"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 8 and rows[-1]["recovered_percent"] > 0
-    assert Path("digits.baselines.json").is_file()
+    stored = Path("digits.baselines.json").read_text(encoding="utf-8")
+    assert json.loads(stored)["checkpoints"] == both
+    # A table of others does not take its place, and one of the newest says which that was.
+    assert run(["eval", both[0], "--data", "zoo:digits", "--baselines", "-q"]) == 2
+    assert "digits.baselines.json exists" in capsys.readouterr().err
+    assert run(["eval", "--data", "zoo:digits", "--baselines", "--limit", "20", "-q"]) == 0
+    newest = json.loads(Path("digits.tuned.limit20.baselines.json").read_text(encoding="utf-8"))
+    assert newest["command"].endswith(" digits.tuned.snn.safetensors")
+    capsys.readouterr()
     # Left alone, it is not tuned over.
     assert run([*FINETUNE, "-q", "digits.snn.safetensors"]) == 2
     assert "--force" in capsys.readouterr().err
@@ -366,6 +413,8 @@ def test_an_interrupted_tuning_ends_as_one_that_was_not(
         ),
         (["eval", "a", "b", "--data", "zoo:digits"], 2, "compared with --baselines"),
         (["eval", "--baselines", "--drain", "3"], 2, "--drain would do nothing"),
+        (["eval", "--baselines", "--page"], 2, "--page would do nothing"),
+        (["eval", "--baselines", "--no-statistics"], 2, "--statistics would do nothing"),
         (["finetune", "--layerwise", "--data", "one.npz"], 2, "would be flattered"),
         ([*FINETUNE, "-o", "x.pt"], 2, "is named *.snn.safetensors"),
         ([*FINETUNE, "missing.snn.safetensors"], 1, "no such file"),

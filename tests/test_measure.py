@@ -9,8 +9,9 @@ import click
 import numpy as np
 import pytest
 import torch
-from networks import PREPROCESSING, converted, images
-from torch import nn
+from networks import PREPROCESSING, build, converted, images
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from snnconv.checkpoint import sha256
 from snnconv.cli.ann import forwards_of
@@ -200,6 +201,22 @@ def test_what_does_not_fit_is_refused() -> None:
         forwards_of(nn.Identity(), two, 3, "cpu")
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"finetuning": {"seed": 0}},
+        {"compensation": {"kind": "bias"}},
+        {"shortcut_normalization": False},
+        {"retraining": {"seed": 0}},
+    ],
+)
+def test_a_network_with_other_weights_has_no_float_qann(told: dict[str, object]) -> None:
+    network, model = converted("residual").network, build("residual")
+    assert set(forwards_of(model, network, 3, "cpu")) == {"ann", "qann_float"}
+    other = replace(network, provenance={**network.provenance, **told})
+    assert set(forwards_of(model, other, 3, "cpu")) == {"ann"}
+
+
 def test_a_comparison_has_what_single_evaluations_have() -> None:
     network = converted("residual", timesteps=2).network
     tuning = {"parent_sha256": sha256(network), "settings": {"epochs_per_layer": 3, "epochs": 0}}
@@ -228,9 +245,13 @@ def test_a_comparison_has_what_single_evaluations_have() -> None:
         assert row["latency_steps"] == found["latency_steps"]
         if schedule != "paper":
             assert row["counts_percent"] == row["top1_percent"] == 100
-    # It is the parent in all but name.
+    # It is the parent in all but name, whichever neurons it has.
     assert rows[-1]["top1_percent"] == by_method["signed at T"]["top1_percent"] < 100
     assert rows[-1]["recovered_percent"] == 0
+    plain = replace(network, neuron="unsigned")
+    tuning["parent_sha256"] = sha256(plain)
+    both = {"plain": plain, "tuned": replace(tuned, neuron="unsigned")}
+    assert compare(both, data(labels), np.arange(COUNT))[-1]["recovered_percent"] == 0
 
 
 def test_interval_and_top1() -> None:
@@ -381,3 +402,35 @@ def test_the_first_step_from_which_accuracy_stays() -> None:
     assert first_within(steps, 95) == {"0.5": None, "1": None, "2": None}
     assert first_within(steps, 50) == {"0.5": 2, "1": 2, "2": 2}
     assert first_within(steps, None) is None
+
+
+class Pooled(nn.Module):
+    """A max-pool over what neurons and an average pool give side by side; a module called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu, self.head = nn.ReLU(), nn.Linear(8 * 6 * 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        x = torch.cat([self.relu(self.second(x)), F.avg_pool2d(x, 3, 1, 1)], 1)
+        found: Tensor = self.head(F.max_pool2d(x, 2).flatten(1))
+        return found
+
+
+def test_a_max_pool_over_sums_has_its_own_events() -> None:
+    torch.manual_seed(0)
+    network = convert(Pooled().eval(), PREPROCESSING, [images(8, 1)], timesteps=5).network
+    assert [p.path for p in network.populations] == ["relu", "relu#2"]
+    (pool,) = (n for n in network.eventful if n not in network.populations)
+    courses = [
+        simulate(network, images(COUNT, 4), network.timetable(), engine, events=True)
+        for engine in ("reference", "counts", "native")
+    ]
+    assert all(torch.equal(c.events[pool.name], courses[0].events[pool.name]) for c in courses)
+    labelled = data(np.arange(COUNT) % 3)
+    found = evaluate(network, labelled, np.arange(COUNT), network.timetable(), statistics=True)
+    *_, readout = found["operations"]["layers"]
+    events = float(courses[0].events[pool.name].sum())
+    assert readout["synaptic_operations"] == pytest.approx(3 * events / COUNT)

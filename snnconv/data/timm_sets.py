@@ -1,4 +1,4 @@
-"""Data sets that timm knows by name: `torch/cifar100`, `hfds/...`, `tfds/...`, `wds/...`."""
+"""Data sets that timm knows by name: `torch/cifar100`, `hfds/...`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from snnconv.data.images import ImageData, Transform, UnreadableImage, to_pixels
 from snnconv.errors import DataError, first_line
 from snnconv.preprocess import Preprocessing
 
-PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+STREAMS = ("hfids/", "tfds/", "wds/")
+PREFIXES = ("torch/", "hfds/", *STREAMS)
+FOLDERS = ("torch/image_folder", "torch/folder")
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "validation", "val")}
 
 
@@ -24,11 +26,16 @@ def is_timm_set(source: str) -> bool:
 def read_timm(source: str) -> dict[str, ImageData]:
     """Open `NAME` or `NAME@ROOT`; nothing is downloaded unless the name is one of a hub.
 
-    `torch/image_folder@ROOT` is the folder itself. Raises DataError, with timm's own message, if it
-    cannot be opened.
+    `torch/image_folder@ROOT` and `torch/folder@ROOT` are the folder itself. Raises DataError, with
+    timm's own message, if it cannot be opened, or if its images come as a stream only.
     """
     name, _, root = source.partition("@")
-    if name == "torch/image_folder":  # timm takes the root itself for a split it does not find
+    if name.startswith(STREAMS):
+        raise DataError(
+            f"{source}: timm gives these images as a stream, and they are wanted by their number; "
+            "save them as a folder of CLASS/* or as train.npz and test.npz"
+        )
+    if name.lower() in FOLDERS:  # timm takes the root itself for a split it does not find
         return read_folder(Path(root))
     found = {}
     problems = []

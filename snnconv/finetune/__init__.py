@@ -18,7 +18,7 @@ from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course
 from snnconv.finetune.end_to_end import EndToEndTuning, EpochResult
 from snnconv.finetune.images import Images
 from snnconv.finetune.layerwise import LayerResult, LayerwiseTuning
-from snnconv.finetune.settings import LAYER_IMAGES, FinetuneSettings, divide
+from snnconv.finetune.settings import LAYER_IMAGES, FinetuneSettings, divide, held_out_seed
 from snnconv.network import SpikingNetwork
 from snnconv.progress import Progress, silent
 
@@ -58,6 +58,7 @@ class Finetuning:
         """Choose images and layers."""
         self.network, self.settings, self.seed = network, settings, seed
         pool, self.held_out = divide(network, len(data), settings.held_out, seed)
+        self.kept_apart = len(data) - len(pool)
         if not len(self.held_out):
             raise DataError(f"{data.name}: {len(data)} training images are too few to tune on")
         images = Images(network, data, seed, device)
@@ -114,6 +115,8 @@ class Finetuning:
                 "together": 0 if self.end_to_end is None else len(self.end_to_end.taught),
             },
             "held_out_images": len(self.held_out),
+            "kept_apart": self.kept_apart,
+            "held_out_seed": held_out_seed(self.network, self.seed),
             "augmentation": self.augmentation and asdict(self.augmentation),
             "layers": [asdict(layer) for layer in layers],
             "epochs": [asdict(epoch) for epoch in epochs],

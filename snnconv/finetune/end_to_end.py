@@ -30,11 +30,10 @@ from snnconv.finetune.images import Images
 from snnconv.finetune.master import Master, Means, learnt, moved, with_learnt
 from snnconv.finetune.settings import FinetuneSettings, tunable
 from snnconv.network import Image, Island, Population, Readout, SpikingNetwork
+from snnconv.normalize import layer_bits
 from snnconv.plan import Relay
 from snnconv.progress import Progress, silent
 from snnconv.quant import relay
-
-READOUT_BITS = 8
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,14 @@ class EndToEndTuning:
         """Begin at another network, one that has been tuned already."""
         self.nodes: list[Any] = list(network.nodes)
         self.masters = nn.ModuleDict()
+        bits = layer_bits(network, network.weight_bits)
         for position, node in enumerate(network.nodes):
             if isinstance(node, Population | Readout):
                 learns = position in self.positions
                 self.masters[str(position)] = Master(
                     moved(node, self.engine.device),
                     self.means.values,
-                    READOUT_BITS if isinstance(node, Readout) else network.weight_bits,
+                    bits[node.name],
                     weights=learns and not self.settings.bias_only,
                     bias=learns,
                 )

@@ -30,6 +30,7 @@ from snnconv.finetune.images import Images
 from snnconv.finetune.master import Master, Means, learnt, moved, with_learnt
 from snnconv.finetune.settings import FinetuneSettings, tunable
 from snnconv.network import Population, SpikingNetwork
+from snnconv.normalize import layer_bits
 from snnconv.ops import per_channel
 from snnconv.progress import Progress, silent
 
@@ -73,6 +74,7 @@ class LayerwiseTuning:
         self.network, self.settings, self.seed = network, settings, images.seed
         self.agreement, self.progress = agreement, progress
         self.positions = tunable(network, settings.layers)
+        self.bits = layer_bits(network, network.weight_bits)
         self.taught = taught
         engine = counts.Engine(network, network.timesteps, images.device)
         self.engine, self.means = engine, Means(network, images.device)
@@ -118,7 +120,7 @@ class LayerwiseTuning:
         master = Master(
             moved(node, self.engine.device),
             self.means.values,
-            self.network.weight_bits,
+            self.bits[node.name],
             weights=not self.settings.bias_only,
         )
         self._learn(position, number, master)

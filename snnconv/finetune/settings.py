@@ -67,14 +67,23 @@ def divide(
     Both come from where the network's own making had them: what was held out of its retraining, or
     of an earlier fine-tuning, teaches nothing here either.
     """
-    provenance = network.provenance
-    before = provenance.get("retraining") or provenance.get("finetuning") or {}
+    before = [network.provenance.get(key) or {} for key in ("retraining", "finetuning")]
     count = min(held_out, int(total * HELD_OUT_SHARE))
-    apart = max(count, min(int(before.get("held_out_images", 0)), total // 2))
-    drawn = int(before.get("seed", seed))
+    most = max(int(made.get("kept_apart", made.get("held_out_images", 0))) for made in before)
+    apart = max(count, min(most, total // 2))
+    drawn = held_out_seed(network, seed)
     deciding = choose_indices(total, count, drawn, others=True) if count else np.arange(0)
     others = choose_indices(total, apart, drawn, others=True) if apart else np.arange(0)
     return np.setdiff1d(np.arange(total), others), deciding
+
+
+def held_out_seed(network: SpikingNetwork, seed: int) -> int:
+    """Return the seed that draws the images that decide: that of the network's own making."""
+    retraining, before = (network.provenance.get(key) or {} for key in ("retraining", "finetuning"))
+    for made, key in ((retraining, "seed"), (before, "held_out_seed"), (before, "seed")):
+        if key in made:
+            return int(made[key])
+    return seed
 
 
 def tunable(network: SpikingNetwork, pattern: str) -> list[int]:

@@ -84,7 +84,7 @@ class Student(nn.Module):
         self.log_shares = nn.ParameterDict()
         bits = layer_bits(qann, weight_bits)
         # A plain list, so that the layers do not become submodules.
-        self.layers = list(zip(qann.weighted(), bits, strict=True))
+        self.layers = [(layer, bits[layer.name]) for layer in qann.weighted()]
         self.numbers = {layer: i for i, (layer, _) in enumerate(self.layers)}
         for index, (layer, few) in enumerate(self.layers):
             if few < LEARNT_BELOW_BITS:
