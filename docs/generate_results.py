@@ -30,7 +30,8 @@ computed without simulation. *Epochs* are those of retraining; 0 is
 training-free conversion. *Bits* are those of the weights; the first and the last layer have 8.
 Intervals are Wilson's at 95 %. Times were taken on a machine that did
 other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
-ImageNet's training set: good for differences, not for levels.
+ImageNet's training set: good for differences, not for levels. All float networks are published ones
+but VGG-11, which [train_float.py](results/train_float.py) trained on 45,000 images, 30 epochs.
 """
 
 

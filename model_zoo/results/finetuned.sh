@@ -36,4 +36,3 @@ tune() { # NAME DATA_SET
 }
 
 tune cifar_resnet20.cifar10-t3 cifar10
-tune cifar_resnet20.cifar10-t7 cifar10

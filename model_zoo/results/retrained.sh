@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make the reports of retrained networks in this folder, and the checkpoints beside it: published
-# networks, retrained on the training images (seed 0), evaluated on all 10,000 test images.
+# networks and a VGG-11 trained here, retrained on the training images (seed 0), evaluated on all
+# 10,000 test images.
 #
 #   model_zoo/results/retrained.sh DATA CHECKPOINTS [PATTERN]
 #
@@ -8,7 +9,7 @@
 # cifar10_resnet_akamaster/resnet20-12fca82f.th and mnist/shrinkbench_mnistnet.pt.
 # What is there already is kept; PATTERN chooses by name. An interrupted training goes on where it
 # was left. ResNet-20 took 4 minutes for T = 3 on one GPU, and on two cores 2 minutes an epoch for T = 7
-# and for 4-bit weights, which start from it.
+# and for 4-bit weights, which start from it. VGG-11 takes as long in float.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=$(realpath --relative-to="$here" "$1")
@@ -22,12 +23,13 @@ retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
   [[ $1 =~ $pattern ]] || return 0
   local file=$work/$1.snn.safetensors resume=
   [[ ! -e $work/$1.train.pt ]] || resume=--resume
-  [[ -e $file ]] || snnconv convert "$checkpoints/$2" --data "$data/$3" --recipe "$4" --workers 1 --no-evaluate -o "$file" $resume "${@:5}"
+  [[ -e $file ]] || snnconv convert "$2" --data "$data/$3" --recipe "$4" --workers 1 --no-evaluate -o "$file" $resume "${@:5}"
   cp "$work/$1.convert.json" .
-  cp "$file" ../checkpoints/
+  # Larger ones are not kept in this repository.
+  (($(stat -c %s "$file") > 1000000)) || cp "$file" ../checkpoints/
   for schedule in drain paper; do
     [[ -e $1-$schedule-signed.eval.json ]] ||
-      snnconv eval "$file" --data "$data/$3" --schedule $schedule --ann "$checkpoints/$2" \
+      snnconv eval "$file" --data "$data/$3" --schedule $schedule --ann "$2" \
         -o "$1-$schedule-signed.eval.json" --quiet --no-page
   done
   # T + D = 10, whatever the accuracy.
@@ -35,25 +37,33 @@ retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
     snnconv eval "$file" --data "$data/$3" --drain 3 -o "$1-drain-3-signed.eval.json" --quiet --no-page
 }
 
-retrain cifar_resnet20.cifar10-t3 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3
-retrain cifar_resnet20.cifar10-t2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t2 \
+resnet20=$checkpoints/cifar10_resnet_akamaster/resnet20-12fca82f.th
+retrain cifar_resnet20.cifar10-t3 "$resnet20" cifar10 cifar_resnet20_t3
+retrain cifar_resnet20.cifar10-t2 "$resnet20" cifar10 cifar_resnet20_t2 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
-retrain cifar_resnet20.cifar10-t1 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t1 \
+retrain cifar_resnet20.cifar10-t1 "$resnet20" cifar10 cifar_resnet20_t1 \
   --start-from $work/cifar_resnet20.cifar10-t2.snn.safetensors
-retrain cifar_resnet20.cifar10-t3-w4 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w4 \
+retrain cifar_resnet20.cifar10-t3-w4 "$resnet20" cifar10 cifar_resnet20_t3_w4 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
-retrain cifar_resnet20.cifar10-t3-w2 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t3_w2 \
+retrain cifar_resnet20.cifar10-t3-w2 "$resnet20" cifar10 cifar_resnet20_t3_w2 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3-w4.snn.safetensors
-retrain cifar_resnet20.cifar10-t7 cifar10_resnet_akamaster/resnet20-12fca82f.th cifar10 cifar_resnet20_t7 \
+retrain cifar_resnet20.cifar10-t7 "$resnet20" cifar10 cifar_resnet20_t7 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 # The network for three steps does with seven as well.
 at7=cifar_resnet20.cifar10-t3-at7-endpoint.eval.json
 [[ ! $at7 =~ $pattern || -e $at7 ]] ||
   snnconv eval ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors --data "$data/cifar10" --timesteps 7 \
-    --schedule wait --engine endpoint --ann "$checkpoints/cifar10_resnet_akamaster/resnet20-12fca82f.th" \
-    -o $at7 --quiet --no-page
-retrain mnist_lenet.mnist-t3 mnist/shrinkbench_mnistnet.pt mnist mnist_lenet_t3
-retrain mnist_lenet.mnist-t1 mnist/shrinkbench_mnistnet.pt mnist mnist_lenet_t1
+    --schedule wait --engine endpoint --ann "$resnet20" -o $at7 --quiet --no-page
+
+# VGG-11 is trained in float first.
+vgg11=$work/cifar_vgg11.safetensors
+[[ ! cifar_vgg11.cifar10-t3 =~ $pattern || -e $vgg11 ]] ||
+  python train_float.py cifar_vgg11 "$data/cifar10" "$vgg11" --workers 1
+retrain cifar_vgg11.cifar10-t3 "$vgg11" cifar10 cifar_vgg11_t3
+
+lenet=$checkpoints/mnist/shrinkbench_mnistnet.pt
+retrain mnist_lenet.mnist-t3 "$lenet" mnist mnist_lenet_t3
+retrain mnist_lenet.mnist-t1 "$lenet" mnist mnist_lenet_t1
 
 # Without labels, on the images that calibrate alone. The checkpoint is too large for this repository.
 name=mobilenetv1-T15-retrained source=$checkpoints/imagenet_models/mobilenetv1_100_tf_in1k.fp16.safetensors

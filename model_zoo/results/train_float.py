@@ -10,6 +10,7 @@ An interrupted training goes on from TARGET.part. The seed is 0.
 from __future__ import annotations
 
 import argparse
+import io
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from snnconv import memory
 from snnconv.data import ImageData, choose_indices, open_data
 from snnconv.data.augment import Augmentation, training_batches
+from snnconv.files import write_atomically
 from snnconv.model_zoo import register
 from snnconv.preprocess import Preprocessing
 
@@ -102,7 +104,9 @@ class Training:
     def save(self) -> None:
         """Write the state."""
         states = {n: getattr(self, n).state_dict() for n in ("model", "optimizer", "schedule")}
-        torch.save({"epoch": self.epoch, **states}, self.state)
+        buffer = io.BytesIO()
+        torch.save({"epoch": self.epoch, **states}, buffer)
+        write_atomically(self.state, buffer.getvalue())
 
     def run_epoch(self) -> float:
         """Learn from every image once; return the mean loss."""
