@@ -66,7 +66,8 @@ def parse_drain(text: str) -> int | None:
     "--percentile",
     type=click.FloatRange(0, 100, min_open=True),
     metavar="P",
-    help="Share of a layer's activations below the clip of --calibration percentile.  "
+    help="Share of a layer's activations below the clip of --calibration percentile; where so many "
+    "are 0, the largest is taken.  "
     "[default: 99.9]",
 )
 @click.option(

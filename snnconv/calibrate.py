@@ -70,12 +70,16 @@ class Histogram:
             self.counts += found.view_as(self.counts)
 
     def percentile(self, percent: float) -> float:
-        """Return the value that `percent` of all values of all channels lie below."""
+        """Return the value that `percent` of all values of all channels lie below.
+
+        The largest, where so many are 0 that this would be 0.
+        """
         edges, order = self._edges().flatten().sort(descending=True)
         above = self.counts.flatten()[order].cumsum(0)
         allowed = self.total * len(self.counts) * (1 - percent / 100)
-        over = int((above > allowed).nonzero()[:1].sum())
-        return min(float(edges[over]), float(self.largest.max()))
+        over = (above > allowed).nonzero()
+        largest = float(self.largest.max())
+        return min(float(edges[over[0]]), largest) if len(over) else largest
 
     def _edges(self) -> Tensor:
         """Return where every bin ends, `[C, BINS]`."""
@@ -105,8 +109,9 @@ def calibrate_(
 
     `batches` are normalised images `[N, C, H, W]`, ignored and unnecessary for `bn`. `mse`
     minimises the squared error at T levels channel by channel, as `bn` does without images;
-    `percentile` is Spiking ResNet's choice (arXiv 1805.01352), all channels of a layer together,
-    `max` the layer's largest activation. A natural clip (ReLU6) is never exceeded. Populations
+    `percentile` is Spiking ResNet's choice (arXiv 1805.01352), all channels of a layer together
+    (its largest activation where that percentage of them is 0), `max` the layer's largest
+    activation. A natural clip (ReLU6) is never exceeded. Populations
     that are silent get a clip of 1. That of a readout is for those who count its spikes: the
     percentile, else its largest output. Raises UsageError for an unknown method or missing data,
     DataError if there are no images.
@@ -270,8 +275,12 @@ def _layer_moments(layer: Layer, moments: dict[str, _Moments]) -> _Moments:
     normalized = bool(weighted) and all(b.statistics is not None for b in weighted)
     mean = torch.zeros_like(layer.bias) if normalized else layer.bias.detach().clone()
     variance = torch.zeros_like(mean)
+    counted: set[str] = set()
     for branch, weight in zip(layer.branches, layer.weights, strict=True):
         if normalized and branch.statistics is not None:
+            if branch.norm in counted:
+                continue
+            counted.add(branch.norm)
             mean = mean + branch.statistics[0].float()
             variance = variance + branch.statistics[1].float().square()
         else:

@@ -66,7 +66,11 @@ class Folder:
 
     def steps(self, term: Term) -> list[Operation]:
         """Return the operations on a term's way; additions are none."""
-        return [self.operation(name) for name in term.key if name in self.fx]
+        return [self.operation(name) for name in self.names(term)]
+
+    def names(self, term: Term) -> list[str]:
+        """Name the operations on a term's way."""
+        return [name for name in term.key if name in self.fx]
 
     def node(self, node: PlanNode) -> Source | Relay | Layer | Island:
         """Build what a node of the plan is in the QANN."""
@@ -125,17 +129,20 @@ class Folder:
 
     def branch(self, term: Term, rows: int) -> Branch:
         """Describe one term, with its weight."""
-        kind, attributes, statistics = "scale", {}, None
+        kind, attributes, statistics, norm = "scale", {}, None, ""
         pools = []
-        for operation in self.steps(term):
+        for name in self.names(term):
+            operation = self.operation(name)
             if operation.kind == "batch_norm":
-                statistics = _statistics(operation)
+                statistics, norm = _statistics(operation), name
             elif operation.kind == "average_pool":
                 pools.append(operation.attributes["pool"])
             else:
                 kind, attributes = operation.kind, operation.attributes
         weight = self.weight(term, rows)
-        return Branch(term.source, term.key, kind, weight, attributes, tuple(pools), statistics)
+        return Branch(
+            term.source, term.key, kind, weight, attributes, tuple(pools), statistics, norm
+        )
 
     def layer_bias(self, node: Neurons | Output) -> Tensor:
         """Return what a layer's current is when all counts are zero, `[C]`."""

@@ -79,6 +79,10 @@ def load_model(
     fallback = recipe.arch if recipe else None
     loaded = _load(source, arch, fallback, args, pretrained, shapes_only and not pretrained)
     if recipe is not None:
+        if recipe.arch and not arch and _base(recipe.arch) != _base(loaded.name):
+            raise UsageError(
+                f"the recipe {recipe.name} is for {recipe.arch}, and {source} is {loaded.name}"
+            )
         preprocessing = recipe.applied(loaded.preprocessing)
         stated = loaded.size_stated or "input_size" in recipe.preprocessing
         loaded = replace(loaded, preprocessing=preprocessing, size_stated=stated)
@@ -97,15 +101,17 @@ def _load(
     shapes_only: bool,
 ) -> LoadedModel:
     if source.startswith("zoo:"):
-        path, arch = _zoo_weights(source)
-        return _from_file(path, arch, None, args)
+        path, own = _zoo_weights(source)
+        _refuse_other_arch(source, arch, own)
+        return _from_file(path, own, None, args)
     if source.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
-        return _from_timm(source, args, pretrained)
+        loaded = _from_timm(source, args, pretrained)
+        _refuse_other_arch(source, arch, loaded.name)
+        return loaded
     path = Path(source)
     if path.exists() or path.suffix in SUFFIXES or "/" in source:
         return _from_file(path, arch, fallback, args)
-    if arch is not None and arch != source:
-        raise UsageError(f"{source} is not a file, and --arch belongs to a checkpoint file")
+    _refuse_other_arch(source, arch, source)
     _require_known(source)
     if shapes_only:
         try:
@@ -114,6 +120,12 @@ def _load(
         except (CheckpointError, UsageError):
             pass  # a constructor that asks for numbers; if it is that, it will not complain again
     return _from_timm(source, args, pretrained)
+
+
+def _refuse_other_arch(source: str, arch: str | None, own: str) -> None:
+    """Raise UsageError if a source that names its own architecture is to have another."""
+    if arch is not None and arch != own:
+        raise UsageError(f"{source} is not a file, and --arch belongs to a checkpoint file")
 
 
 def _turn_first_convolution_(loaded: LoadedModel) -> None:
@@ -152,10 +164,15 @@ def _zoo_weights(source: str) -> tuple[Path, str]:
     return path, found[name].arch
 
 
+def _base(arch: str) -> str:
+    """Return the name of an architecture without the tag of its weights."""
+    return arch.partition(".")[0]
+
+
 def _is_known(arch: str) -> bool:
     import timm
 
-    return bool(timm.is_model(arch.partition(".")[0]))
+    return bool(timm.is_model(_base(arch)))
 
 
 def _require_known(arch: str) -> None:
@@ -167,7 +184,7 @@ def _near(arch: str) -> str:
     import timm
 
     known = timm.list_models()
-    return suggestion(arch.partition(".")[0], known, "timm.list_models() lists them all")
+    return suggestion(_base(arch), known, "timm.list_models() lists them all")
 
 
 def _create(arch: str, args: dict[str, Any], **options: Any) -> nn.Module:
@@ -225,9 +242,7 @@ def _from_file(
     named = {k: v for k, v in saved.items() if isinstance(v, str)} | stated
     arch = arch or _stated_arch(named) or fallback or _arch_of_name(path, state)
     _require_known(arch)
-    given = saved.get("model_kwargs")
-    given = {str(k): v for k, v in given.items()} if isinstance(given, dict) else {}
-    sized = given | _inferred_sizes(arch, state) | args
+    sized = _saved_arguments(saved) | _inferred_sizes(arch, state) | args
     model = _create(arch, sized)
     _fill(model, state, path, arch)
     loaded = _finish(model, arch, sized)
@@ -235,6 +250,15 @@ def _from_file(
     # A network trained anew, for other classes, may have been trained on another size too.
     usual = "num_classes" not in sized
     return replace(loaded, preprocessing=preprocessing, size_stated=size_stated or usual)
+
+
+def _saved_arguments(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Take from timm's saved training arguments those of the network's constructor."""
+    given = saved.get("model_kwargs")
+    given = {str(k): v for k, v in given.items()} if isinstance(given, dict) else {}
+    # timm's options --gp and --bn-eps leave no trace in the weights.
+    passed = {"global_pool": saved.get("gp"), "bn_eps": saved.get("bn_eps")}
+    return {k: v for k, v in passed.items() if v is not None} | given
 
 
 def _saved_preprocessing(
@@ -246,7 +270,7 @@ def _saved_preprocessing(
     if size is None and isinstance(saved.get("img_size"), int):
         size = (known.input_size[0], saved["img_size"], saved["img_size"])
     values = {key: saved.get(key) for key in ("mean", "std", "crop_pct", "interpolation")}
-    if values["interpolation"] == "random":
+    if values["interpolation"] in ("", "random"):  # timm's default, and no single one
         values["interpolation"] = None
     try:
         return overridden(known, input_size=size, **values), size is not None
@@ -415,10 +439,15 @@ def _finish(model: nn.Module, name: str, args: dict[str, Any]) -> LoadedModel:
     from timm.data import resolve_model_data_config
 
     cfg = resolve_model_data_config(model)
+    usual, *size = cfg["input_size"]
+    channels = int(args.get("in_chans", usual))
+    mean, std = (tuple(map(float, cfg[key])) for key in ("mean", "std"))
+    if channels != usual:
+        mean, std = ((sum(v) / len(v),) * channels for v in (mean, std))
     preprocessing = Preprocessing(
-        tuple(cfg["input_size"]),
-        tuple(map(float, cfg["mean"])),
-        tuple(map(float, cfg["std"])),
+        (channels, *size),
+        mean,
+        std,
         float(cfg["crop_pct"]),
         str(cfg["interpolation"]),
     )

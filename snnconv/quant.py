@@ -103,7 +103,8 @@ class Branch:
 
     `kind` is conv (`weight [O, C/groups, kh, kw]`), linear (`[O, F]`) or scale (`[C]`, an
     identity shortcut or a lone BatchNorm). `pools` are averaged over afterwards. `statistics`
-    are mean and standard deviation per row where a BatchNorm tells them.
+    are mean and standard deviation per row where a BatchNorm, the node `norm`, tells them: of the
+    sum of all branches that pass it.
     """
 
     source: str
@@ -113,6 +114,7 @@ class Branch:
     attributes: dict[str, Any] = field(default_factory=dict)
     pools: tuple[Pool, ...] = ()
     statistics: tuple[Tensor, Tensor] | None = None
+    norm: str = ""
 
 
 def apply_weight(kind: str, attributes: dict[str, Any], weight: Tensor, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,31 @@ class Recipe:
         scale = float(self.preprocessing.get("scale", 1))
         for key in ("mean", "std"):
             if key in values:
-                values[key] = tuple(float(v) / scale for v in values[key])
+                given = values[key] if isinstance(values[key], list) else [values[key]]
+                values[key] = tuple(v / scale for v in given)
         return overridden(known, **values)
+
+
+def _require_sound(path: Path, preprocessing: dict[str, Any]) -> None:
+    """Raise UsageError for values of [preprocessing] that are of a wrong type."""
+
+    def number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(map(number, value))
+
+    sound: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "input_size": (lambda v: numbers(v) and len(v) == 3, "[channels, height, width]"),
+        "mean": (lambda v: number(v) or numbers(v), "a number, or one per channel"),
+        "std": (lambda v: number(v) or numbers(v), "a number, or one per channel"),
+        "scale": (lambda v: number(v) and v > 0, "a number above 0"),
+        "crop_pct": (number, "a number"),
+        "interpolation": (lambda v: isinstance(v, str), "a name"),
+    }
+    for key, (fits, meant) in sound.items():
+        if key in preprocessing and not fits(preprocessing[key]):
+            raise UsageError(f"{path}: {key} must be {meant}, not {preprocessing[key]!r}")
 
 
 def folder() -> Path:
@@ -98,14 +122,16 @@ def read_recipe(name: str) -> Recipe:
     refuse_unknown(str(path), values, KEYS)
     if not isinstance(values.get("arch", ""), str):
         raise UsageError(f"{path}: arch must be the name of a timm architecture")
-    for key in ("timesteps", "weight_bits"):
-        if type(values.get(key, 1)) is not int:
-            raise UsageError(f"{path}: {key} must be a whole number")
+    for key, (low, high) in (("timesteps", (1, 4095)), ("weight_bits", (2, 8))):
+        number = values.get(key, low)
+        if type(number) is not int or not low <= number <= high:
+            raise UsageError(f"{path}: {key} must be a whole number from {low} to {high}")
     for key in TABLES:
         if not isinstance(values.get(key, {}), dict):
             raise UsageError(f"{path}: {key} must be a table")
     for table, keys in (("preprocessing", PREPROCESSING_KEYS), ("convert", CONVERT_KEYS)):
         refuse_unknown(f"{path}: [{table}]", values.get(table, {}), keys)
+    _require_sound(path, values.get("preprocessing", {}))
     recipe = Recipe(path.stem, **values)
     if recipe.channels not in ("rgb", "bgr"):
         raise UsageError(f'{path}: channels must be "rgb" or "bgr", not {recipe.channels!r}')

@@ -197,3 +197,11 @@ def test_settings_that_make_no_sense_are_refused() -> None:
         Augmentation(crop="center")
     with pytest.raises(UsageError, match="flip"):
         Augmentation(flip=2.0)
+
+
+def test_policies_keep_a_bit_where_they_would_keep_none() -> None:
+    transform = Augmentation(auto_augment="rand-m10-mstd0-inc1-n30").transform(COLOR)
+    image = Image.fromarray(images()[0])
+    for seed in range(20):
+        random.seed(seed)
+        assert transform(image).size == (16, 16)

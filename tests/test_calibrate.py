@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from networks import PREPROCESSING, build, images
-from torch import Tensor
+from torch import Tensor, nn
 
 from snnconv.calibrate import SMALLEST_SHARE, Histogram, calibrate_
 from snnconv.errors import DataError, UsageError
@@ -31,6 +31,41 @@ def activations(network: Qann, x: Tensor) -> dict[str, Tensor]:
 
 
 X = PREPROCESSING.normalize(images(12, 2))
+
+
+class Sums(nn.Module):
+    """A BatchNorm over a sum of convolutions."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Linear(8, 3)
+        self.convolutions = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(count))
+        nn.init.constant_(self.norm.bias, 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        total = self.convolutions[0](x)
+        for convolution in self.convolutions[1:]:
+            total = total + convolution(x)
+        found: Tensor = self.head(torch.relu(self.norm(total)).mean((2, 3)))
+        return found
+
+
+def test_statistics_of_a_sum_are_counted_once() -> None:
+    clips = []
+    for count in (1, 4):
+        traced = trace(Sums(count).eval(), PREPROCESSING.input_size)
+        network = fold(traced, make_plan(traced))
+        calibrate_(network, None, 7, "bn")
+        clips.append([*network.populations()][-1].clip)
+    assert torch.equal(*clips)
+
+
+def test_a_percentile_among_the_zeros_is_the_largest() -> None:
+    histogram = Histogram(1)
+    histogram.add(torch.tensor([0.0] * 90 + [1.0] * 9 + [4.0]).view(100, 1))
+    assert histogram.percentile(50) == 4
+    assert histogram.percentile(95) == pytest.approx(1, rel=0.01)
 
 
 def test_max_is_the_largest_activation() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from torch import nn
 
 from snnconv.errors import CheckpointError, SnnconvError, UsageError
 from snnconv.load import hash_weights, load_model
+from snnconv.recipe import read_recipe
 
 ARCH = "test_resnet"
 
@@ -151,6 +153,67 @@ def test_a_wrong_arch_or_argument_is_a_usage_error(model: nn.Module, tmp_path: P
         load_model(str(path), arch="test_resnett")
     with pytest.raises(UsageError, match="wings=3"):
         load_model(str(path), arch=ARCH, model_args={"wings": 3})
+
+
+def test_what_timms_trainer_saves_is_taken(model: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "last.pth.tar"
+    said = {"model": ARCH, "interpolation": "", "gp": "max", "bn_eps": None, "img_size": None}
+    torch.save({"state_dict": model.state_dict(), "args": argparse.Namespace(**said)}, path)
+    loaded = load_model(str(path))
+    usual = load_model(ARCH, pretrained=False).preprocessing
+    assert loaded.preprocessing.interpolation == usual.interpolation
+    pool: Any = loaded.model.global_pool
+    assert pool.pool_type == "max" and loaded.model_args["global_pool"] == "max"
+
+
+def test_other_input_channels_are_read_off_the_weights(tmp_path: Path) -> None:
+    path = tmp_path / "test_resnet.pt"
+    grey = timm.create_model(ARCH, in_chans=1, num_classes=7)
+    torch.save(grey.state_dict(), path)
+    for loaded in (
+        load_model(str(path)),
+        load_model(ARCH, model_args={"in_chans": 1}, pretrained=False),
+    ):
+        preprocessing = loaded.preprocessing
+        assert preprocessing.input_size[0] == len(preprocessing.mean) == len(preprocessing.std) == 1
+        color = load_model(ARCH, pretrained=False).preprocessing
+        assert preprocessing.mean[0] == pytest.approx(sum(color.mean) / 3)
+
+
+@pytest.mark.parametrize("source", ["zoo:digits", ARCH])
+def test_an_architecture_is_given_for_files_only(source: str) -> None:
+    with pytest.raises(UsageError, match="--arch belongs to a checkpoint file"):
+        load_model(source, arch="resnet18", pretrained=False)
+    assert load_model("zoo:digits", arch="digits_resnet").name == "digits_resnet"
+
+
+def test_a_recipe_is_for_its_own_architecture() -> None:
+    with pytest.raises(UsageError, match="is for cifar_resnet20, and zoo:digits is digits_resnet"):
+        load_model("zoo:digits", recipe=read_recipe("cifar_resnet20_t3"))
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("timesteps = 0", "whole number from 1 to 4095"),
+        ("weight_bits = 16", "whole number from 2 to 8"),
+        ("[preprocessing]\ninput_size = 224", "input_size must be"),
+        ("[preprocessing]\nscale = 0", "scale must be a number above 0"),
+        ("[preprocessing]\ncrop_pct = '0.9'", "crop_pct must be a number"),
+        ("[preprocessing]\nstd = ['a']", "std must be a number, or one per channel"),
+        ("[preprocessing]\ninterpolation = 3", "interpolation must be a name"),
+    ],
+)
+def test_values_of_recipes_are_checked(line: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(line, encoding="utf-8")
+    with pytest.raises(UsageError, match=match):
+        read_recipe(str(tmp_path / "a.toml"))
+
+
+def test_one_mean_holds_for_every_channel(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[preprocessing]\nmean = 128\nstd = [64]\nscale = 256\n")
+    found = load_model(ARCH, pretrained=False, recipe=read_recipe(str(tmp_path / "a.toml")))
+    assert found.preprocessing.mean == (0.5,) * 3 and found.preprocessing.std == (0.25,) * 3
 
 
 def test_a_timm_name_can_be_built_without_fetching() -> None:

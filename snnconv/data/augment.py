@@ -7,9 +7,10 @@ processes, nor that of ranks, nor an interruption changes what a network is trai
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class Augmentation:
                 # Policies fill what they uncover with it.
                 mean=preprocessing.mean if channels == 1 else IMAGENET_DEFAULT_MEAN,
             ).transforms
+            _keep_one_bit(scaled)
         except Exception as error:  # timm checks a policy's text by assertions
             raise UsageError(
                 f"timm knows no auto_augment {self.auto_augment!r}; an example is rand-m9-mstd0.5"
@@ -105,6 +107,20 @@ class Augmentation:
         if flip:
             steps.append(RandomHorizontalFlip(flip))
         return compose(steps + [t for t in scaled if "Augment" in type(t).__name__])
+
+
+def _keep_one_bit(transforms: Iterable[Any]) -> None:
+    """Let policies of timm posterise to one bit at least: Pillow refuses to keep none."""
+    for transform in transforms:
+        operations = [*getattr(transform, "ops", ())]
+        operations += [op for policy in getattr(transform, "policy", ()) for op in policy]
+        for operation in operations:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = partial(_posterized, operation.aug_fn)
+
+
+def _posterized(posterize: Callable[..., Any], image: Any, bits: int, **options: Any) -> Any:
+    return posterize(image, max(bits, 1), **options)
 
 
 def training_batches(
