@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,14 +40,24 @@ class Traced:
     input_shape: tuple[int, ...]
     example: Tensor
 
+    @cached_property
+    def _calls(self) -> dict[str, int]:
+        """The how-manieth call of its module each node is, by the node's name."""
+        calls: Counter[str] = Counter()
+        found = {}
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                calls[node.target] += 1
+                found[node.name] = calls[node.target]
+        return found
+
     def path(self, node: fx.Node) -> str:
         """Return where a node stands in the user's code: its module path, else its name.
 
         The second call of a module has `#2` behind its path, and so on.
         """
         if node.op == "call_module":
-            calls = [n for n in node.graph.nodes if (n.op, n.target) == (node.op, node.target)]
-            number = calls.index(node) + 1
+            number = self._calls[node.name]
             return f"{node.target}#{number}" if number > 1 else str(node.target)
         stack = node.meta.get("nn_module_stack") or {}
         owner = next(reversed(stack.values()))[0] if stack else ""

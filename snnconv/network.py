@@ -195,13 +195,13 @@ class SpikingNetwork:
         found: list[Population | Relay] = []
         reached: set[str] = set()
         for node in self.nodes:
-            spikes = isinstance(node, Relay) and not reached.isdisjoint(node.inputs)
-            if isinstance(node, Population) or spikes:
+            if isinstance(node, Population):
                 reached.add(node.name)
-            if isinstance(node, Population) or (
-                isinstance(node, Relay) and spikes and node.op in NONLINEAR
-            ):
                 found.append(node)
+            elif isinstance(node, Relay) and not reached.isdisjoint(node.inputs):
+                reached.add(node.name)
+                if node.op in NONLINEAR:
+                    found.append(node)
         return found
 
     @property

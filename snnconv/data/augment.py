@@ -94,11 +94,11 @@ class Augmentation:
                 # Policies fill what they uncover with it.
                 mean=preprocessing.mean if channels == 1 else IMAGENET_DEFAULT_MEAN,
             ).transforms
-            _keep_one_bit(scaled)
         except Exception as error:  # timm checks a policy's text by assertions
             raise UsageError(
                 f"timm knows no auto_augment {self.auto_augment!r}; an example is rand-m9-mstd0.5"
             ) from error
+        _keep_one_bit(scaled)
         if crop == "scale":
             return compose(scaled)
         steps: list[Any] = [evaluation_transform(preprocessing)]
