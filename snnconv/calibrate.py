@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snnconv.analog import RESOLUTION, compute
 from snnconv.errors import DataError, UsageError
-from snnconv.ops import per_channel, rearranged_channels
+from snnconv.ops import padded_channels, per_channel, rearranged_channels
 from snnconv.plan import Relay, Source
 from snnconv.quant import Branch, Island, Layer, Qann, quantize
 
@@ -62,7 +62,8 @@ class Histogram:
             merged = self.counts[grown].view(-1, BINS // 2, 2).sum(2)
             self.counts[grown] = torch.cat([merged, torch.zeros_like(merged)], 1)
             self.range[grown] *= 2
-        scale = torch.where(self.range > 0, BINS / self.range, 0.0).float()[:, None]
+        scale = torch.where(self.range > 0, BINS / self.range, 0.0)
+        scale = scale.clamp_max(torch.finfo(torch.float32).max).float()[:, None]
         offset = (torch.arange(len(scale)) * BINS)[:, None]
         for part in values.split(max(1, BINNED_AT_ONCE // len(scale)), 1):
             bins = (part * scale).long().clamp_max_(BINS - 1).add_(offset)
@@ -86,14 +87,14 @@ class Histogram:
         ends = torch.arange(1, BINS + 1, dtype=torch.float64) / BINS
         return self.range[:, None] * ends
 
-    def least_error_clips(self, timesteps: int) -> Tensor:
+    def least_error_clips(self, timesteps: int, offset: float = 0.5) -> Tensor:
         """Return per channel the clip whose T levels have the least mean squared error, `[C]`.
 
-        Zero for channels that are silent.
+        Zero for channels that are silent. With `offset` 0 levels are floors (V0 = 0).
         """
         centers = (torch.arange(BINS, dtype=torch.float64) + 0.5) / BINS
         shares = torch.arange(1, CANDIDATES + 1, dtype=torch.float64) / CANDIDATES
-        errors = (quantize(centers, shares[:, None], timesteps) - centers).square()
+        errors = (quantize(centers, shares[:, None], timesteps, offset=offset) - centers).square()
         best = shares[(self.counts @ errors.t()).argmin(1)]
         return torch.minimum(best * self.range, self.largest)
 
@@ -104,11 +105,14 @@ def calibrate_(
     timesteps: int,
     method: str = "mse",
     percentile: float = DEFAULT_PERCENTILE,
+    *,
+    offset: float = 0.5,
 ) -> None:
     """Set the clips of every layer of a QANN, in place.
 
     `batches` are normalised images `[N, C, H, W]`, ignored and unnecessary for `bn`. `mse`
-    minimises the squared error at T levels channel by channel, as `bn` does without images;
+    minimises the squared error at T levels (floors for an `offset` of 0, which is V0 as a share of
+    the threshold) channel by channel, as `bn` does without images;
     `percentile` is Spiking ResNet's choice (arXiv 1805.01352), all channels of a layer together
     (its largest activation where that percentage of them is 0), `max` the layer's largest
     activation. A natural clip (ReLU6) is never exceeded. Populations
@@ -133,7 +137,7 @@ def calibrate_(
         elif method == "max" or layer.readout:
             clips = histogram.largest.amax().expand(len(layer.clip))
         else:
-            clips = histogram.least_error_clips(timesteps)
+            clips = histogram.least_error_clips(timesteps, offset)
         layer.clip.copy_(_settled(clips, layer.cap))
     for island in qann.islands():
         largest = histograms[island.name].largest.amax()
@@ -205,15 +209,11 @@ def _from_statistics(qann: Qann) -> dict[str, Histogram]:
 
 def _relay_moments(node: Relay, inputs: list[_Moments]) -> _Moments:
     mean, variance = (torch.cat([getattr(m, key) for m in inputs]) for key in ("mean", "variance"))
-    channels = node.shape[0]
     if node.op == "slice":
         kept = slice(*node.attributes["slices"][0])
         return _Moments(mean[kept], variance[kept])
-    if node.op == "pad" and channels != len(mean):
-        before = node.attributes["padding"][4]
-        grown = torch.zeros(2, channels)
-        grown[:, before : before + len(mean)] = torch.stack([mean, variance])
-        return _Moments(grown[0], grown[1])
+    if node.op == "pad":
+        return _Moments(*(padded_channels(v, node.attributes["padding"]) for v in (mean, variance)))
     if node.op == "rearrange":
         a = node.attributes
         return _Moments(*(rearranged_channels(v, a["shape"], a["steps"]) for v in (mean, variance)))
@@ -222,7 +222,7 @@ def _relay_moments(node: Relay, inputs: list[_Moments]) -> _Moments:
         part = _rectified(_Moments(sign * mean, variance))
         return _Moments(sign * part.mean, part.variance)
     if node.op == "flatten":
-        pixels = channels // len(mean)
+        pixels = node.shape[0] // len(mean)
         return _Moments(mean.repeat_interleave(pixels), variance.repeat_interleave(pixels))
     return _Moments(mean, variance)
 

@@ -42,8 +42,9 @@ def energy(
     `operations` are what `snnconv.workload.count_operations` returns, `assumptions` replace some of
     `ASSUMPTIONS`, in picojoules. The quantised ANN multiplies activations of `activation_bits`
     (`ceil(log2(T + 1))`) with weights of `weight_bits`, at a price that goes with the product of
-    the bits, and adds in int32; pixels have 8 bits, there and here. Analog islands are computed
-    once by ANNs, in each of `steps` by the spiking network. Layers have no share in pooling and
+    the bits, and adds in int32; pixels and what islands emit have 8 bits, there and here. Analog
+    islands, and the layers that read them, are computed once by ANNs, in each of `steps` by the
+    spiking network. Layers have no share in pooling and
     islands. Raises UsageError for unknown names, and prices that are no numbers from 0 on.
     """
     prices = {**ASSUMPTIONS, **_checked(assumptions or {})}
@@ -106,7 +107,8 @@ def _checked(assumptions: Mapping[str, float]) -> Mapping[str, float]:
 def _spiking(row: Mapping[str, Any], prices: Mapping[str, float], steps: int) -> dict[str, float]:
     """Return the parts of a spiking network's energy, or a layer's, in nanojoules."""
     add = prices["add_int32_pj"]
-    analog = row.get("analog_macs", 0) + row.get("island_macs", 0)
+    islands = prices["analog_mac_pj"] * row.get("analog_macs", 0)
+    islands += prices["mac_int8_pj"] * row.get("island_macs", 0)
     picojoules = {
         "image": prices["mac_int8_pj"] * row["image_macs"],
         "synapses": add * row["synaptic_operations"],
@@ -114,7 +116,7 @@ def _spiking(row: Mapping[str, Any], prices: Mapping[str, float], steps: int) ->
         "membrane": add * row["membrane_updates"],
         "resets": add * row["resets"],
         "pooling": add * row.get("pooling", 0),
-        "analog": prices["analog_mac_pj"] * analog * steps,
+        "analog": islands * steps,
     }
     return {key: value / PICO_PER_NANO for key, value in picojoules.items()}
 

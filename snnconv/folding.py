@@ -140,9 +140,28 @@ class Folder:
             else:
                 kind, attributes = operation.kind, operation.attributes
         weight = self.weight(term, rows)
+        shift = self.shift(term, rows)
         return Branch(
-            term.source, term.key, kind, weight, attributes, tuple(pools), statistics, norm
+            term.source, term.key, kind, weight, shift, attributes, tuple(pools), statistics, norm
         )
+
+    def shift(self, term: Term, rows: int) -> Tensor:
+        """Return what the operations of one term alone add to the current, `[C]`.
+
+        They are those before the first sum that it shares with another.
+        """
+        shift, own = self.constant(0, rows), True
+        for name in term.key:
+            if name not in self.fx:
+                own = False
+                continue
+            operation = self.operation(name)
+            if operation.kind == "batch_norm":
+                gain, added = self.affine(operation)
+                shift = gain * shift + (added if own else 0)
+            elif operation.kind in ("conv", "linear") and operation.module.bias is not None and own:
+                shift = operation.module.bias.to(self.dtype)
+        return shift
 
     def layer_bias(self, node: Neurons | Output) -> Tensor:
         """Return what a layer's current is when all counts are zero, `[C]`."""

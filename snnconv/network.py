@@ -18,7 +18,7 @@ from torch import Tensor
 
 from snnconv.analog import LARGEST, compute, width
 from snnconv.neuron import rounding_offset
-from snnconv.ops import Pool, constant, rearranged_channels, sum_pool
+from snnconv.ops import Pool, constant, padded_channels, rearranged_channels, sum_pool
 from snnconv.plan import Key, Relay, Source
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Island as FloatIsland
@@ -210,6 +210,11 @@ class SpikingNetwork:
         return only_logits(self.readouts)
 
     @property
+    def title(self) -> str:
+        """Return the name of the network's architecture, if it has one."""
+        return str(self.model.get("name") or "network")
+
+    @property
     def neurons(self) -> int:
         """Return the number of neurons."""
         return sum(torch.Size(p.shape).numel() for p in self.populations)
@@ -224,7 +229,9 @@ class SpikingNetwork:
         if changes.get("name", self.schedule) != self.schedule:
             settings["drain"] = None
         return Schedule(
-            timesteps=timesteps or self.timesteps, depth=self.depth, **(settings | changes)
+            timesteps=self.timesteps if timesteps is None else timesteps,
+            depth=self.depth,
+            **(settings | changes),
         )
 
     def signed(self, population: Population) -> bool:
@@ -289,13 +296,10 @@ def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Ten
     if node.op == "slice":
         kept = slice(*node.attributes["slices"][0])
         return worth[kept], constant[kept]
-    if node.op == "pad" and node.shape[0] != len(worth):
-        before = node.attributes["padding"][4]
+    if node.op == "pad":
         # Channels of padding are always zero: so are their weights, which else would set a scale.
-        grown = worth.new_zeros(2, node.shape[0]).unbind()
-        for target, part in zip(grown, (worth, constant), strict=True):
-            target[before : before + len(part)] = part
-        return grown[0], grown[1]
+        padding = node.attributes["padding"]
+        return padded_channels(worth, padding), padded_channels(constant, padding)
     if node.op == "rearrange":
         a = node.attributes
         worth, constant = (

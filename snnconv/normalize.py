@@ -439,11 +439,11 @@ def without_shortcut_normalization(qann: Qann, preprocessing: Preprocessing) -> 
     """Return a copy in which a spike that takes a shortcut is worth a threshold of where it ends.
 
     What Spiking ResNet (arXiv 1805.01352) compares shortcut normalisation with: an identity has the
-    weight 1 in normalised units, and a projection is normalised by the 99.9 percentile of its own
-    output, as BatchNorm's statistics have it. A shortcut is a branch whose source is less deep than
-    another's. Raises UsageError for a projection without BatchNorm.
+    weight 1 in normalised units, and a projection is normalised, its weights and its bias, by the
+    99.9 percentile of its own output, as BatchNorm's statistics have it. A shortcut is a branch
+    whose source is less deep than another's. Raises UsageError for a projection without BatchNorm.
     """
-    copied = copy.deepcopy(qann)
+    copied = copy.deepcopy(qann).requires_grad_(False)
     values, depth = spike_values(copied, preprocessing), depths(copied.nodes)
     for layer in copied.populations():
         depth[layer.name] += 1  # that of what reads it
@@ -458,13 +458,13 @@ def without_shortcut_normalization(qann: Qann, preprocessing: Preprocessing) -> 
             elif branch.statistics is not None:
                 mean, deviation = branch.statistics
                 factor = layer.clip / (mean + PERCENTILE_999 * deviation).max()
+                layer.bias.add_((factor - 1) * branch.shift.to(layer.bias))
             else:
                 raise UsageError(
                     f"{layer.path}: a projection without BatchNorm, whose normalisation cannot be "
                     "taken back"
                 )
-            with torch.no_grad():
-                weight *= factor.view(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
+            weight *= factor.view(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
     return copied
 
 

@@ -204,7 +204,8 @@ def _module(
     if kind in _PADDINGS:
         return _pad(inputs, shape, list(m.padding), _PADDINGS[kind], None)
     if isinstance(m, nn.Upsample):
-        return _upsample(out, inputs, shape, m.mode)
+        scale = None if m.recompute_scale_factor else m.scale_factor
+        return _upsample(out, inputs, shape, m.mode, scale)
     if isinstance(m, CondConv2d):
         return unsupported(
             "its weights are mixed anew for every image, a synapse has one weight for all",
@@ -349,17 +350,24 @@ _PADDED_INDEX: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def _upsample(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...], mode: str) -> Operation:
-    if mode != "nearest" or len(shape) != 3:
+def _upsample(
+    out: tuple[int, ...], inputs: Any, shape: tuple[int, ...], mode: str, scale: Any
+) -> Operation:
+    """Describe an interpolation to `[C, H, W]`, by a scale, or None if it follows from the sizes.
+
+    A scale that is no whole number takes other pixels than the sizes would.
+    """
+    if mode not in ("nearest", "nearest-exact") or len(shape) != 3:
         return unsupported(
             f"interpolation with mode {mode!r} to {'x'.join(map(str, out[1:]))}",
             "upsample by the nearest pixel, or bilinearly by a factor that is nearly whole",
         )
-    rows, columns = (
-        tuple(i * before // after for i in range(after))
-        for before, after in zip(shape[1:], out[1:], strict=True)
-    )
-    return Operation("gather", inputs, {"rows": rows, "columns": columns})
+    height, width = shape[1:]
+    places = torch.arange(height * width, dtype=torch.float64).view(1, 1, height, width)
+    to = {"size": out[1:]} if scale is None else {"scale_factor": scale}
+    taken = F.interpolate(places, **to, mode=mode)[0, 0].long()
+    rows, columns = (taken[:, 0] // width).tolist(), (taken[0] % width).tolist()
+    return Operation("gather", inputs, {"rows": tuple(rows), "columns": tuple(columns)})
 
 
 def _expand(out: tuple[int, ...], inputs: Any, shape: tuple[int, ...]) -> Operation:
@@ -427,7 +435,7 @@ def _function(
         return _add(traced, node, inputs)
     if name == "concat":
         parts = node.args[0] if node.args else node.kwargs["tensors"]
-        axis = arg(1, "dim", 0)
+        axis = arg(1, "dim", node.kwargs.get("axis", 0))
         if axis % (len(shape) + 1) != 1:
             return unsupported(f"concatenation along axis {axis}", "concatenate channels (axis 1)")
         return Operation("concat", tuple(parts))  # type: ignore[arg-type]
@@ -461,8 +469,10 @@ def _function(
     if name == "expand":
         return _expand(traced.shapes[node.name], inputs, shape)
     if name in ("interpolate", "upsample"):
-        mode = arg(3, "mode", "nearest")
-        return _upsample(traced.shapes[node.name], inputs, shape, mode)
+        mode, scale = arg(3, "mode", "nearest"), arg(2, "scale_factor")
+        if isinstance(scale, fx.Node) or arg(5, "recompute_scale_factor"):
+            scale = None
+        return _upsample(traced.shapes[node.name], inputs, shape, mode, scale)
     if target is operator.getitem:
         return _slice(node, inputs, shape)
     if name in ("dropout", "identity"):
@@ -480,12 +490,12 @@ def _not_supported(name: str, what: str) -> Operation:
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:
-    operands: Any = node.args[:2]
+    operands: Any = [_argument(node, 0, "input"), _argument(node, 1, "other")]
     if len(inputs) == 1 and 0 in operands:
         return Operation("identity", inputs)  # Python's sum() begins with 0
     if node.kwargs.get("alpha", 1) != 1:
         return unsupported("add with alpha", "scale the weights instead")
-    if len(operands) != 2 or not all(isinstance(o, fx.Node) for o in operands):
+    if not all(isinstance(o, fx.Node) for o in operands):
         return unsupported("addition of a constant", "put the constant into a bias")
     shapes = {traced.shapes.get(o.name) for o in operands}
     if len(shapes) != 1:

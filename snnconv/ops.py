@@ -170,6 +170,11 @@ def pad_border(x: Tensor, padding: Sequence[int], value: int = 0) -> Tensor:
     return F.pad(x, list(padding), value=value) if any(padding) else x
 
 
+def padded_channels(vector: Tensor, padding: Sequence[int]) -> Tensor:
+    """Pad one value per channel, `[C]`, with zeros, as `(left, right, top, bottom, ...)` says."""
+    return F.pad(vector, list(padding[4:6])) if any(padding[4:]) else vector
+
+
 def convolve(
     x: Tensor,
     weight: Tensor,
@@ -216,7 +221,8 @@ def max_pool(
     lowest: int,
 ) -> Tensor:
     """Take the largest count of every window; the border is padded with the `lowest` count."""
-    if max(*padding) * 2 > min(kernel) or padding[::2] != padding[1::2]:
+    left, right, top, bottom = padding
+    if (left, top) != (right, bottom) or 2 * top > kernel[0] or 2 * left > kernel[1]:
         x, padding = pad_border(x, padding, lowest), (0, 0, 0, 0)
     small = x.dtype if x.is_floating_point() else torch.int32 if x.itemsize < 4 else x.dtype
     pooled = F.max_pool2d(

@@ -94,17 +94,16 @@ def convert(
     check_fold(traced, plan, qann)
     progress("trace", 1, 1)
     reference, changes, reconstruction = qann, None, None
+    offset = rounding_offset(settings.get("initial_membrane", "half"))
     if calibration == RECONSTRUCT:
         if retrain is not None:
             raise UsageError("calibration 'reconstruct' takes the place of training: choose one")
         reference = copy.deepcopy(qann)
-        found = _reconstruct_(
-            qann, preprocessing, images, timesteps, weight_bits, settings, progress
-        )
+        found = _reconstruct_(qann, preprocessing, images, timesteps, weight_bits, offset, progress)
         changes, reconstruction = found.changes, found.to_dict()
     else:
         batches = None if images is None else (preprocessing.normalize(p) for p in images)
-        calibrate_(qann, batches, timesteps, calibration, percentile)
+        calibrate_(qann, batches, timesteps, calibration, percentile, offset=offset)
     provenance = {
         **settings.pop("provenance", {}),
         "plan": plan.to_dict(),
@@ -133,7 +132,7 @@ def _reconstruct_(
     images: Iterable[Tensor] | None,
     timesteps: int,
     weight_bits: int,
-    settings: Mapping[str, Any],
+    offset: float,
     progress: Progress,
 ) -> Reconstruction:
     """Calibrate a QANN by `mse`, and fit it layer by layer on as many of the images as fit."""
@@ -141,8 +140,7 @@ def _reconstruct_(
         raise UsageError("calibration 'reconstruct' needs images; without data use 'bn'")
     kept = Reservoir(most_images(qann))
     batches = (preprocessing.normalize(kept.add(pixels)) for pixels in images)
-    calibrate_(qann, batches, timesteps, "mse")
-    offset = rounding_offset(settings.get("initial_membrane", "half"))
+    calibrate_(qann, batches, timesteps, "mse", offset=offset)
     return reconstruct_(
         qann,
         preprocessing,

@@ -27,6 +27,12 @@ ROLES = (
     "synapse", "neuron", "exact", "folded", "removed", "analog", "unsupported", "unexamined",
 )  # fmt: skip
 
+# Pixels are counts of no neurons: they are held, and have a value at zero.
+OF_PIXELS = (
+    "an analog function of the pixels themselves",
+    "compute it before the network, or put a layer between",
+)
+
 Key = tuple[str, ...]
 
 
@@ -418,7 +424,11 @@ class _Planner:
 
     def analog(self, node: fx.Node, operation: Operation) -> _Value:
         why = "an analog function follows a current: T signed levels"
-        inputs = tuple(self.materialize(v, why).node for v in self.read(operation))
+        read = [self.materialize(v, why) for v in self.read(operation)]
+        if any(self.carries_images(counts) for counts in read):
+            self.note(node, "unsupported", *OF_PIXELS)
+            return _Unknown()
+        inputs = tuple(counts.node for counts in read)
         function, attributes = (operation.attributes[k] for k in ("function", "attributes"))
         path, shape = self.traced.path(node), self.shapes[node.name]
         shapes = tuple(self.shapes[n.name] for n in operation.inputs)

@@ -102,15 +102,17 @@ class Branch:
     """One linear map from a counts tensor into a layer's rows.
 
     `kind` is conv (`weight [O, C/groups, kh, kw]`), linear (`[O, F]`) or scale (`[C]`, an
-    identity shortcut or a lone BatchNorm). `pools` are averaged over afterwards. `statistics`
-    are mean and standard deviation per row where a BatchNorm, the node `norm`, tells them: of the
-    sum of all branches that pass it.
+    identity shortcut or a lone BatchNorm). `shift` `[C]` is the part of the layer's bias that the
+    ANN adds to this branch alone. `pools` are averaged over afterwards. `statistics` are mean and
+    standard deviation per row where a BatchNorm, the node `norm`, tells them: of the sum of all
+    branches that pass it.
     """
 
     source: str
     key: Key
     kind: str
     weight: Tensor
+    shift: Tensor
     attributes: dict[str, Any] = field(default_factory=dict)
     pools: tuple[Pool, ...] = ()
     statistics: tuple[Tensor, Tensor] | None = None

@@ -9,6 +9,7 @@ counts as a layer one deeper than the neurons it reads. Steps are numbered from 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 from snnconv.errors import UsageError
 
@@ -36,9 +37,9 @@ class Schedule:
         check_timesteps(self.timesteps)
         if self.name not in SCHEDULES:
             raise UsageError(f"unknown schedule {self.name!r}; choose from {', '.join(SCHEDULES)}")
-        if self.drain is not None and self.drain < 0:
+        if self.drain is not None and not (isinstance(self.drain, Integral) and self.drain >= 0):
             raise UsageError(f"--drain must be 'auto' or at least 0, not {self.drain}")
-        if self.stagger < 1:
+        if not (isinstance(self.stagger, Integral) and self.stagger >= 1):
             raise UsageError(f"--stagger must be at least 1, not {self.stagger}")
         if self.name in ("paper", "wait"):
             if self.drain:
@@ -57,10 +58,14 @@ class Schedule:
 
     @property
     def longest(self) -> int:
-        """Return the step after which nothing can happen: every layer settles within T."""
+        """Return the step after which nothing can happen.
+
+        What a layer reads is settled, it needs T steps more, or 2T from one end of two-sided
+        counts to the other.
+        """
         if self.drain is not None:
             return self.steps_before_drain + self.drain
-        return self.steps_before_drain + self.timesteps * (self.depth + 1)
+        return self.steps_before_drain + 2 * self.timesteps * (self.depth + 1)
 
     def offset(self, depth: int) -> int:
         """Return o_d, the step after which a layer at `depth` starts."""
@@ -83,5 +88,5 @@ class Schedule:
 
 def check_timesteps(timesteps: int) -> None:
     """Raise UsageError unless T is within what a count can hold."""
-    if not 1 <= timesteps <= MAX_TIMESTEPS:
+    if not (isinstance(timesteps, Integral) and 1 <= timesteps <= MAX_TIMESTEPS):
         raise UsageError(f"--timesteps must be between 1 and {MAX_TIMESTEPS}, not {timesteps}")

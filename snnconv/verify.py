@@ -25,9 +25,9 @@ from snnconv.network import Image, Island, Population, Readout, SpikingNetwork, 
 from snnconv.plan import ConversionPlan, Key, Neurons, Output
 from snnconv.quant import Qann
 
-# Rounding to integers leaves at most half a unit; the network was folded in float32.
+# Rounding to integers leaves at most half a unit; what was folded was kept in float32.
 HALF_UNIT = 0.5 + 1e-5
-FOLDING = 2.0**-22
+FOLDING = 2.0**-24
 # Where the output of an island ends, in integers per step.
 LARGEST_OF_ISLANDS = 256
 # A half is rounded up, and what float64 takes for a little less than one.
@@ -267,7 +267,7 @@ class _Oracle:
         return total + self.timesteps * _spread(node.bias.double(), total)
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.args if isinstance(n, fx.Node)]
+        return [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, fx.Node)]
 
     def pull(self, node: fx.Node, trail: Key, synapses: dict[Key, Synapse]) -> Tensor:
         """Return the current at `node`, `trail` being the linear nodes between it and the sum.
@@ -348,7 +348,12 @@ def _compare_integers(oracle: _Oracle, changes: Mapping[str, Change]) -> tuple[l
     """Hold every stored integer against the float it stands for."""
     worths = oracle.worths = _worths(oracle)
     carriers = _image_carriers(oracle.network)
-    problems: list[str] = []
+    preprocessing = oracle.network.preprocessing
+    problems = [
+        f"{node.name}: the zero points are not the preprocessing's"
+        for node in oracle.network.nodes
+        if isinstance(node, Image) and tuple(node.zero_point) != preprocessing.zero_point
+    ]
     compared = 0
     everything: list[Neurons | Output] = [*oracle.neurons, *oracle.outputs]
     for planned in everything:
@@ -369,18 +374,18 @@ def _compare_integers(oracle: _Oracle, changes: Mapping[str, Change]) -> tuple[l
         bias = _bias(oracle, planned, {s.key for s in node.branches})
         if change is not None:
             bias = bias + change.bias + _added_constant(oracle, planned, change)
-        vectors = [("biases", node.bias, bias)]
+        kept = node.bias.abs()
+        if change is not None:
+            # What was added may cancel: the float32 the bias is kept in has rounded both.
+            kept = kept + (change.bias / unit).abs()
+        away = {"biases": (node.bias - bias / unit).abs() - FOLDING * kept}
         if isinstance(node, Population):
-            vectors.append(("thresholds", node.threshold, node.clip))
-        for what, integers, floats in vectors:
-            compared += len(integers)
-            away = (integers - floats / unit).abs() - FOLDING * integers.abs()
-            if what == "biases" and change is not None:
-                # What was added may cancel: the float32 the bias is kept in has rounded both.
-                away = away - FOLDING * (change.bias / unit).abs()
-            if what == "thresholds":
-                away = torch.where((integers == 1) & (floats < unit), torch.zeros_like(away), away)
-            if bad := int((away > HALF_UNIT).sum()):
+            exact = (node.threshold - node.clip / unit).abs()
+            least = (node.threshold == 1) & (node.clip < unit)
+            away["thresholds"] = torch.where(least, torch.zeros_like(exact), exact)
+        for what, distances in away.items():
+            compared += len(distances)
+            if bad := int((distances > HALF_UNIT).sum()):
                 problems.append(f"{path}: {bad} {what} are not the ANN's")
     return problems, compared
 
@@ -555,7 +560,9 @@ def _wrong_weights(
         floats = floats / pool.lcm
     row = (unit * 2.0 ** synapse.shift.double()).view(-1, *[1] * (floats.ndim - 1))
     integers = synapse.weight.double()
-    away = (integers - floats / row).abs() - FOLDING * integers.abs()
+    away = (integers - floats / row).abs()
+    if floats is not worth:  # that of an identity was never rounded
+        away = away - FOLDING * integers.abs()
     if synapse.kind != "scale":
         top = 2 ** (bits - 1) - 1
         clipped = (integers.abs() >= top) & (floats / row * integers.sign() > integers.abs())
@@ -652,5 +659,6 @@ def compare_float(
         for name in charges
     ]
     return FloatAgreement(
-        100 * equal / max(total, 1), 100 * float(torch.stack(same).mean()) if same else 100.0
+        100 * equal / total if total else 100.0,
+        100 * float(torch.stack(same).mean()) if same else 100.0,
     )

@@ -25,6 +25,7 @@ from snnconv.engine.reference import Engine as Reference
 from snnconv.errors import NotEqualError, UsageError
 from snnconv.finetune import Course
 from snnconv.network import Population, SpikingNetwork
+from snnconv.normalize import without_shortcut_normalization
 from snnconv.pipeline import Conversion, check_equal, convert
 
 HELD_OUT = images(40, 7)
@@ -161,6 +162,25 @@ def test_shortcuts_that_are_not_normalised_weigh_a_threshold() -> None:
         assert bool(((worth - new.threshold)[live].abs() <= 1).all())
         assert torch.equal(old.clip, new.clip)
     assert identities
+
+
+def test_a_projection_without_normalisation_is_scaled_with_its_bias() -> None:
+    """Its own 99.9 percentile, of weights and bias, becomes the threshold of where it ends."""
+    model = build("residual")
+    conversion = convert(
+        model, PREPROCESSING, [images(8, 1)], timesteps=5, calibration="percentile"
+    )
+    ablated = without_shortcut_normalization(conversion.qann, PREPROCESSING)
+    (layer,) = (n for n in ablated.populations() if n.name == "relu_4")
+    with torch.no_grad():
+        x = model.stem(PREPROCESSING.normalize(images(4, 2))).relu()
+        x = (model.a2(model.a1(x).relu()) + x).relu()
+        inner = model.b1(x).relu()
+        norm = model.project[1]
+        factor = layer.clip / (norm.bias + 3.09 * norm.weight.abs()).max()
+        expected = model.b2(inner) + factor.view(1, -1, 1, 1) * model.project(x)
+        own = [x if branch.source == "relu_2" else inner for branch in layer.branches]
+        torch.testing.assert_close(layer(own), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_makes_no_sense_is_refused() -> None:

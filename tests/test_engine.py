@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from networks import NETWORKS, converted, images
+import torch.nn.functional as F
+from networks import NETWORKS, PREPROCESSING, converted, images
+from torch import Tensor, nn
 
 from snnconv.engine import Trace, counts, endpoint, native, prepare, simulate
 from snnconv.engine.linear import bytes_multiply, exact_dtype
 from snnconv.errors import SnnconvError, UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import with_settings
+from snnconv.pipeline import check_equal, convert
+from snnconv.preprocess import Preprocessing
 
 SCHEDULES = [
     {"name": "paper"},
@@ -211,3 +216,90 @@ def test_counts_beyond_a_byte_are_convolved_by_their_moves(steps: int) -> None:
     expected = expected * torch.exp2(synapse.shift.double()).view(-1, 1, 1)
     found = engine.charge(node).current(0, course.short())
     assert torch.equal(found.flatten(0, 1).double(), expected)
+
+
+class Between(nn.Module):
+    """Something between a neuron and a convolution."""
+
+    def __init__(self, body: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.body, self.last = nn.Conv2d(3, 4, 3, padding=1), body, nn.LazyConv2d(4, 3)
+        scales = torch.tensor([0.1, 1.0, 5.0, 20.0])
+        self.first.weight.data *= scales.view(-1, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.last(self.body(F.relu(self.first(x))))).mean((2, 3))
+
+
+UNUSUAL = {
+    # Shapes at which oneDNN's convolution of bytes errs, and crashes.
+    "one channel per group": nn.Sequential(
+        nn.Conv2d(4, 16, (3, 12), stride=(1, 2), padding=(1, 0), groups=4), nn.ConstantPad2d(2, 0)
+    ),
+    "padding alone": nn.Conv2d(4, 5, 1, stride=(1, 3), padding=2, dilation=(3, 2)),
+    "channels shifted": lambda x: F.pad(x, (0, 0, 0, 0, 1, -1)),
+    "channels cropped": lambda x: F.pad(x, (0, 0, 0, 0, 0, -2)),
+    "a scale that is not whole": nn.Upsample(scale_factor=2.3),
+    "nearest exactly": lambda x: F.interpolate(x, size=(17, 9), mode="nearest-exact"),
+    "a pool wider than high": lambda x: F.max_pool2d(
+        x[..., :11], (1, 2), (1, 3), (0, 1), ceil_mode=True
+    ),
+    "keywords": lambda x: torch.add(torch.cat([x, x], axis=1), other=torch.cat([x, x], axis=1)),
+}
+
+
+@pytest.mark.parametrize("body", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_operations_are_computed_alike_everywhere(body: Callable) -> None:
+    model, pixels = Between(body), images(4, 5)
+    model(PREPROCESSING.normalize(pixels))
+    conversion = convert(model.eval(), PREPROCESSING, [pixels], timesteps=7)
+    assert check_equal(conversion, pixels)[0].equal
+    net = conversion.network
+    traces = [
+        simulate(net, pixels, net.timetable(), engine, events=True)
+        for engine in ("reference", "counts", "native")
+    ]
+    assert not differences(traces[0], traces[1]) and not differences(traces[0], traces[2])
+    fine = convert(model, PREPROCESSING, [pixels], timesteps=1000).network
+    with torch.no_grad():
+        expected = model(PREPROCESSING.normalize(pixels))
+    error = (endpoint(fine, pixels, 1000).logits(fine, "logits") - expected).abs().max()
+    assert error < 0.02 * expected.abs().max()
+
+
+def test_two_sided_counts_may_go_from_end_to_end_in_every_layer() -> None:
+    """Steep layers that have all filled up the wrong way, and take it back one after another."""
+    layers = [nn.Conv2d(1, 1, 1) for _ in range(8)]
+    biases = [0.0, -32 * 0.55 / 7, *[-30.5] * 6]
+    for layer, weight, bias in zip(layers, [1.2, *[32.0] * 7], biases, strict=True):
+        nn.init.constant_(layer.weight, weight)
+        nn.init.constant_(layer.bias, bias)
+    model = nn.Sequential(*(m for layer in layers for m in (layer, nn.Hardtanh())), nn.Flatten())
+    preprocessing = Preprocessing((1, 1, 1), (0.0,), (1.0,))
+    ends = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
+    net = convert(model.eval(), preprocessing, [ends], timesteps=7, calibration="max").network
+    pixels = torch.full((1, 1, 1, 1), 16, dtype=torch.uint8)
+    end = endpoint(net, pixels, 7)
+    for engine in ("reference", "counts", "native"):
+        trace = simulate(net, pixels, net.timetable(name="drain"), engine)
+        assert all(torch.equal(trace.counts[name], end.counts[name]) for name in end.counts)
+    assert trace.steps > 7 * (net.depth + 2)
+
+
+def test_moves_whose_sums_are_too_large_for_float32_are_not_convolved_in_bytes() -> None:
+    """Charges of a wide readout, all of whose inputs fire in every step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 600, 7, bias=True), nn.ReLU(), nn.Conv2d(600, 1, 6))
+    nn.init.zeros_(model[0].weight)
+    nn.init.ones_(model[0].bias)
+    nn.init.uniform_(model[2].weight, 0.93, 1.0)
+    model.append(nn.Flatten())
+    pixels = images(1)
+    net = convert(model.eval(), PREPROCESSING, [pixels], timesteps=15).network
+    charges = [
+        simulate(net, pixels, net.timetable(), engine).charges["logits"]
+        for engine in ("reference", "counts")
+    ]
+    assert int(charges[0].max()) > 2**24
+    assert torch.equal(charges[0].long(), charges[1].long())

@@ -166,3 +166,16 @@ def test_the_plan_is_plain_json_and_counts_every_multiplication() -> None:
     by_path = {n["path"]: n["macs"] for n in values["nodes"]}
     assert by_path["stem.0"] == 6 * 3 * 9 * 12 * 12
     assert by_path["head"] == 12 * 5
+
+
+def test_an_analog_function_of_the_pixels_is_refused() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(F.max_pool2d(x, 2).tanh())
+
+    (problem,) = plan_of(First()).problems
+    assert "an analog function of the pixels" in problem and "before the network" in problem

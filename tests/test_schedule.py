@@ -56,6 +56,8 @@ def test_bias_comes_at_once_under_wait() -> None:
         {"name": "eager", "timesteps": 3},
         {"name": "drain", "timesteps": 3, "drain": -1},
         {"name": "paper", "timesteps": 3, "drain": 2},
+        {"name": "drain", "timesteps": 2.5},
+        {"name": "drain", "timesteps": 3, "drain": "auto"},
         {"name": "stagger", "timesteps": 3, "stagger": 0},
     ],
 )

@@ -10,7 +10,7 @@ from networks import NETWORKS, converted, images
 
 from snnconv.engine import endpoint
 from snnconv.errors import NotEqualError
-from snnconv.network import Population
+from snnconv.network import Image, Population
 from snnconv.pipeline import Conversion, check_equal
 from snnconv.verify import Verification, verify
 
@@ -157,3 +157,30 @@ def test_check_equal_states_what_was_compared() -> None:
     found, agreement = check_equal(converted("residual", 0), images(4, 9))
     assert found.equal and found.images == 4
     assert 50 < agreement.counts_percent <= 100
+
+
+def test_one_more_is_caught_however_large_the_integer() -> None:
+    conversion = converted("residual", 0)
+    network = conversion.network
+    for index, target in enumerate(network.populations):
+        largest = int(target.threshold.argmax())
+        threshold = target.threshold.clone()
+        threshold[largest] += 1
+        changed = mutated(
+            conversion, index, lambda p, threshold=threshold: replace(p, threshold=threshold)
+        )
+        assert not verified(changed).equal
+    assert max(int(p.threshold.max()) for p in network.populations) > 2**21
+
+
+@pytest.mark.parametrize("channel", [0, 1, 2])
+@pytest.mark.parametrize("name", ["pools", "two_outputs"])
+def test_another_zero_of_the_image_is_caught(name: str, channel: int) -> None:
+    conversion = converted(name, 0)
+    image, *others = conversion.network.nodes
+    assert isinstance(image, Image)
+    zeros = tuple(z + (i == channel) for i, z in enumerate(image.zero_point))
+    nodes = (replace(image, zero_point=zeros), *others)
+    changed = replace(conversion, network=replace(conversion.network, nodes=nodes))
+    found = verified(changed)
+    assert any("zero points" in problem for problem in found.problems)

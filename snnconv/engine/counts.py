@@ -221,8 +221,12 @@ class Engine:
         """Apply a map that is exact on counts, to values of the block's steps or of one for all."""
         low, high = self.limits[node.name]
         dtype = course_dtype(low, high)
+        if node.op == "clamp":  # what it takes away must fit, too
+            low, high = self.limits[node.inputs[0]]
+        within = course_dtype(low, high)
         # Poolings work on floats only.
-        within = exact_dtype(max(-low, high)) if node.op in ("max_pool", "sum_pool") else dtype
+        if node.op in ("max_pool", "sum_pool"):
+            within = exact_dtype(max(-low, high))
         counts = [self.counts(value) for value in inputs]
         steps = max(len(x) for x in counts)
         flat = [x.to(within).expand(steps, *x.shape[1:]).flatten(0, 1) for x in counts]
@@ -450,7 +454,7 @@ class Simulation:
             return value
         if isinstance(node, Island):
             injected = self._injections(steps, node.depth)
-            return self.engine.island(node, [values[name] for name in node.inputs], injected)
+            return self.engine.island(node, self._held(node, values, steps), injected)
         return self.scan(node, values, steps, fired)
 
     def _follow(self, node: Relay, value: Any) -> None:
@@ -467,8 +471,8 @@ class Simulation:
             injected = injected[:1]
         return torch.tensor(injected, dtype=torch.float32, device=self.device)
 
-    def _held(self, node: Relay, values: dict[str, Any], steps: range) -> list[Any]:
-        """Return a map's inputs, images times the steps they have been held."""
+    def _held(self, node: Relay | Island, values: dict[str, Any], steps: range) -> list[Any]:
+        """Return the inputs of a map or an island, images times the steps they have been held."""
         held = []
         for name in node.inputs:
             x = values[name]

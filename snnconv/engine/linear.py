@@ -107,9 +107,26 @@ class _ByteConvolution:
 
     @staticmethod
     def takes(synapse: Synapse) -> bool:
-        """Return whether the synapse is a convolution with the same padding on both sides."""
-        left, right, above, below = synapse.attributes.get("padding", (0, 1, 0, 0))
-        return synapse.kind == "conv" and (left, above) == (right, below)
+        """Return whether the synapse is a convolution with the same padding on both sides.
+
+        oneDNN (that of torch 2.14) errs where a group has one channel and the strides differ, and
+        crashes where a window may lie in the padding alone.
+        """
+        if synapse.kind != "conv":
+            return False
+        attributes = synapse.attributes
+        left, right, above, below = attributes["padding"]
+        high, wide = (
+            d * (k - 1)
+            for d, k in zip(attributes["dilation"], synapse.weight.shape[2:], strict=True)
+        )
+        vertical, horizontal = attributes["stride"]
+        return (
+            (left, above) == (right, below)
+            and (vertical == horizontal or synapse.weight.shape[1] > 1)
+            and above <= high
+            and left <= wide
+        )
 
     shifted = False
 
@@ -239,6 +256,7 @@ class Charge:
         self.branches = []
         self.in_bytes: list[_ByteConvolution | _ByteProduct | None] = []
         self.whole: list[bool] = []  # whether what a branch reads fits into bytes as it is
+        self.far: list[int] = []  # how far counts may move within a block, to add exactly in bytes
         kind = BYTES.get(device.type)
         for synapse in node.branches:
             low, high = limits[synapse.source]
@@ -253,6 +271,8 @@ class Charge:
                 and bound < EXACT_FLOAT32
             )
             at_once = self.dtype == torch.int32 and not synapse.pools
+            far = EXACT_FLOAT32 // (int(charge_bounds(synapse, 0, 1).max()) + 1)
+            self.far.append(far if kind is None else min(far, kind.highest))
             taken = suits and (whole or synapse.source in steady)
             in_bytes = kind(synapse, device, at_once) if kind and taken else None
             self.in_bytes.append(in_bytes)
@@ -269,7 +289,7 @@ class Charge:
         in_bytes = self.in_bytes[index]
         if in_bytes is None or self.whole[index]:
             return self._current(index, x, in_bytes)
-        if not 1 < len(x) <= in_bytes.highest:
+        if not 1 < len(x) <= self.far[index]:
             return self._current(index, x, None)
         # By how much counts have moved is a byte, whatever they are.
         least = x.amin(0, keepdim=True)

@@ -19,6 +19,7 @@ from snnconv.data import ImageData
 from snnconv.errors import UsageError
 from snnconv.graph import Traced
 from snnconv.network import SpikingNetwork
+from snnconv.neuron import rounding_offset
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Qann
@@ -74,7 +75,8 @@ def retrain(
         if calibration == "bn":
             raise UsageError("training: stages need images to calibrate on, not --calibration bn")
         batches = (preprocessing.normalize(p) for p in images() or ())
-        calibrate_(qann, batches, settings.stages[0], calibration, percentile)
+        offset = rounding_offset(initial_membrane)
+        calibrate_(qann, batches, settings.stages[0], calibration, percentile, offset=offset)
     student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)
     training = Training(student, teacher, data, settings, **options)
     return {**training.run(resume), "teacher": taught_by, "started_from": started_from}
