@@ -40,7 +40,16 @@ def compare(
         raise UsageError("two of the checkpoints have the same name; a table needs different ones")
     first = next(iter(networks.values()))
     place = options.resolve_device(device)
+    same = len({network.model.get("weights_sha256") for network in networks.values()}) == 1
+    if ann is not None and not same:
+        raise UsageError("the checkpoints come from several ANNs; --ann is for those of one")
     images = options.open_for(first, where, split, quiet)
+    for other in list(networks.values())[1:]:
+        if options.open_for(other, where, split, quiet=True).note != images.note:
+            raise UsageError(
+                f"{images.name} has one part, and the checkpoints were calibrated on different "
+                "images of it; compare them on data with a test part"
+            )
     settings = [f"T{timesteps}"] if timesteps else []
     settings += [split] if split != "test" else []
     settings += [f"limit{limit}"] if limit else []
@@ -51,6 +60,7 @@ def compare(
         "data": images.name,
         "seed": seed,
     }
+    report.require_name(path)
     report.require_writable(path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
@@ -63,7 +73,7 @@ def compare(
             seed=seed,
             progress=progress,
         )
-        measured = stored_ann(first, images)
+        measured = stored_ann(first, images) if same else None
         if ann is not None:
             steps = first.timetable(timesteps).timesteps
             forwards = forwards_of(load_ann(ann, first), first, steps, place)
@@ -73,7 +83,7 @@ def compare(
     contents = {
         **own,
         "version": __version__,
-        "model": first.model.get("name"),
+        "model": ", ".join(dict.fromkeys(network.title for network in networks.values())),
         "split": split,
         "images": measured_images,
         "partial": measured_images < len(images),
@@ -120,10 +130,12 @@ def _print(contents: dict[str, Any]) -> None:
 
 
 def _row(row: dict[str, Any]) -> list[str]:
+    from snnconv.report.document import nearly_all
+
     def number(key: str, form: str) -> str:
         return "" if row[key] is None else format(row[key], form)
 
-    interval = row["interval95_percent"]
+    interval, counts = row["interval95_percent"], row["counts_percent"]
     return [
         row["method"],
         row["checkpoint"],
@@ -133,5 +145,5 @@ def _row(row: dict[str, Any]) -> list[str]:
         number("latency_steps_clocked", "d"),
         number("spikes_per_neuron", ".3f"),
         number("negative_percent", ".1f"),
-        number("counts_percent", ".4g"),
+        "" if counts is None else nearly_all(counts),
     ]

@@ -234,7 +234,7 @@ def command(
     after: dict[str, Any] | None = None
     if data is not None:
         count = 0 if calibration == "bn" else calibration_images
-        train, test = _open_splits(data, loaded.num_classes, count, seed, quiet)
+        train, test = _open_splits(data, loaded.num_classes, loaded.class_names, count, seed, quiet)
         loaded = fit_to_images(loaded, train, quiet)
         indices = choose_indices(len(train), calibration_images, seed)
     if train is None or (train.note and not training.epochs_asked(recipe)):
@@ -503,7 +503,12 @@ def _given(name: str) -> bool:
 
 
 def _open_splits(
-    data: str, num_classes: int, calibration_images: int, seed: int, quiet: bool
+    data: str,
+    num_classes: int,
+    class_names: Sequence[str] | None,
+    calibration_images: int,
+    seed: int,
+    quiet: bool,
 ) -> tuple[ImageData, ImageData]:
     """Open the training and the test split, whose labels must be the network's."""
     from snnconv.data import check_labels, open_data
@@ -513,7 +518,7 @@ def _open_splits(
         for split in ("train", "test")
     )
     for part in (train, test):
-        check_labels(part, num_classes)
+        check_labels(part, num_classes, class_names)
     if test.note:
         console.note(test.note, quiet)
     return train, test

@@ -177,7 +177,10 @@ def command(
         )
     place = options.resolve_device(device)
     images = options.open_for(network, where, split, quiet)
-    report_path = output or evaluation.default_path(named, network, timetable, split, limit)
+    simulated = engine != "endpoint"
+    report_path = output or evaluation.default_path(
+        named, network, timetable, split, limit, simulated=simulated
+    )
     evaluation.require_writable(
         report_path,
         images,

@@ -67,12 +67,20 @@ def evaluated(
 
 
 def default_path(
-    checkpoint: Path, network: Any, timetable: Any, split: str, limit: int | None
+    checkpoint: Path,
+    network: Any,
+    timetable: Any,
+    split: str,
+    limit: int | None,
+    *,
+    simulated: bool = True,
 ) -> Path:
     """Name the report of an evaluation beside its checkpoint."""
     from snnconv import report
 
-    return report.default_path(checkpoint, "eval", _settings(network, timetable, split, limit))
+    settings = _settings(network, timetable, split, limit)
+    settings += [] if simulated else ["endpoint"]
+    return report.default_path(checkpoint, "eval", settings)
 
 
 def require_writable(
@@ -94,6 +102,7 @@ def require_writable(
 
     drawn = {"seed": seed} if limit else {}
     own = {"schema": "snnconv.evaluation/1", "data": images.name, **drawn}
+    report.require_name(path)
     report.require_writable(path, force, None if named else own)
     if page:
         beside = path.with_suffix(".html")
@@ -108,9 +117,12 @@ def write(
     from snnconv.report import comparison, html, reading
 
     report.write(path, evaluation, command or console.arguments())
+    beside = path.with_suffix(".html")
     if page:
         document = comparison.document([reading.read(path)])
-        report.write_text(path.with_suffix(".html"), html.render(document))
+        report.write_text(beside, html.render(document))
+    elif html.is_own(beside):
+        beside.unlink()  # it would show the report that this one has replaced
 
 
 def show(path: Path, evaluation: dict[str, Any], *, page: bool, quiet: bool) -> None:
@@ -194,12 +206,14 @@ def _verdicts(e: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _course(e: dict[str, Any]) -> list[tuple[str, str]]:
     """Return rows of what the simulation told."""
+    from snnconv.report.document import nearly_all
+
     drain, spikes, agreement = e["drain_steps"], e["spikes"], e["agreement"]
     return [
         (
             "agreement",
             f"{agreement['argmax_percent']:.2f} % of arg-maxes, "
-            f"{agreement['counts_percent']:.4g} % of counts"
+            f"{nearly_all(agreement['counts_percent'])} % of counts"
             + (", exact" if agreement["counts_exact"] else ""),
         ),
         (

@@ -123,6 +123,7 @@ def command(
 
     from snnconv import __version__, memory, report
     from snnconv.checkpoint import load_network, save_network, sha256
+    from snnconv.data import check_labels
     from snnconv.finetune import FinetuneSettings, Finetuning
     from snnconv.normalize import with_settings
 
@@ -149,6 +150,8 @@ def command(
     place = options.resolve_device(device)
     memory.keep_freed()
     train = options.open_for(network, where, "train", quiet=True)
+    if (logits := network.logits) is not None:
+        check_labels(train, logits.shape[0], network.model.get("class_names"))
     if train.note:
         _refuse_to_learn_the_test(train, options.open_for(network, where, "test", quiet=True))
         console.note(train.note, quiet)
@@ -185,7 +188,7 @@ def command(
         "version": __version__,
         "parent": path.name,
         "checkpoint": target.name,
-        "model": network.model.get("name"),
+        "model": network.title,
         "timesteps": network.timesteps,
         "neuron": network.neuron,
         "data": train.name,
@@ -308,7 +311,9 @@ def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
                 f"{before['argmax_percent']:.2f} % before, {after['argmax_percent']:.2f} % now",
             )
         ]
-    if contents["layers"] and all(map(_unchanged, contents["layers"])):
+    if contents["layers"] and not any(row["error_before"] for row in contents["layers"]):
+        rows.append(("nothing to mend", "at T every count is the quantised ANN's already"))
+    elif contents["layers"] and all(map(_unchanged, contents["layers"])):
         rows.append(
             (
                 "nothing was learnt",

@@ -315,11 +315,22 @@ def _conversion(report: dict[str, Any]) -> str:
 
 def _reconstructed(told: dict[str, Any]) -> str:
     """Say what reconstruction kept, and what it gained."""
+    if not told["kept"]:
+        return f"mse (reconstruction was no gain and is not in it{_divergences(told)})"
     kept = [sum(what in row["kept"] for row in told["layers"]) for what in ("weights", "gain")]
     return (
         f"reconstruction (weights of {kept[0]} and gains of {kept[1]} of {len(told['layers'])} "
-        f"layers kept; KL {told['kl_before']:.3f} to {told['kl_after']:.3f} on "
-        f"{told['held_out_images']} held-out images)"
+        f"layers kept{_divergences(told)})"
+    )
+
+
+def _divergences(told: dict[str, Any]) -> str:
+    """Say how far the outputs were from the ANN's before reconstruction and after it."""
+    if told["kl_before"] is None:
+        return ""
+    return (
+        f"; KL {told['kl_before']:.3f} to {told['kl_after']:.3f} on "
+        f"{told['held_out_images']} held-out images"
     )
 
 

@@ -122,6 +122,8 @@ def load_network(path: Path) -> SpikingNetwork:
         raise CheckpointError(f"{path} is a folder; name a spiking checkpoint in it")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
+    with path.open("rb"):
+        pass  # what is wrong is said here: safetensors takes every failure for a missing file
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -16,7 +16,7 @@ def write_atomically(path: Path, contents: bytes, *, replace: bool = True) -> No
 
     Without `replace` a file that has appeared meanwhile stays, and UsageError is raised.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:32]}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(contents)

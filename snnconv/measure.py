@@ -28,6 +28,8 @@ from snnconv.workload import count_operations
 BATCH = 256
 # What still has its square in a byte.
 SMALL = 15
+# What percentages that are equal may differ by.
+ROUNDING = 1e-9
 # Of the images of a batch, how far apart those are that tell how far counts are off.
 EVERY = 8
 BATCH_NEURONS = 2**26
@@ -352,7 +354,7 @@ def evaluate(
             "another --engine, or a schedule that is exact"
         )
     runner = prepare(network, schedule.timesteps, engine if simulated else DEFAULT, device)
-    check_labels(data, torch.Size(readout.shape).numel())
+    check_labels(data, torch.Size(readout.shape).numel(), network.model.get("class_names"))
     tally = _Tally(network)
     statistics &= simulated
     # What maps like max-pooling end at is asked for only where there are such.
@@ -384,7 +386,7 @@ def evaluate(
     return {
         "schema": "snnconv.evaluation/1",
         "version": __version__,
-        "model": network.model.get("name"),
+        "model": network.title,
         "checkpoint": None,
         "task": "classification",
         "metric": "top1_percent",
@@ -503,7 +505,7 @@ def first_within(by_step: list[dict[str, Any]], percent: float | None) -> dict[s
     reached = [s["top1_percent"] for s in by_step]
     found = {}
     for points in (0.5, 1, 2):
-        near = [r is not None and r >= percent - points for r in reached]
+        near = [r is not None and r >= percent - points - ROUNDING for r in reached]
         far = [t for t, is_near in enumerate(near) if not is_near]
         first = far[-1] + 2 if far else 1
         found[str(points)] = first if first <= len(near) else None
@@ -536,7 +538,7 @@ def _course(network: SpikingNetwork, schedule: Schedule, tally: _Tally) -> dict[
         },
         "agreement": {
             "argmax_percent": 100 * tally.same_argmax / tally.images,
-            "counts_percent": 100 * equal / max(per_neuron, 1),
+            "counts_percent": 100 * equal / per_neuron if per_neuron else 100.0,
             "counts_exact": equal == per_neuron,
         },
         "by_step": by_step,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,12 @@ def test_foreign_and_damaged_files_are_refused(tmp_path: Path) -> None:
         load_network(path)
     with pytest.raises(CheckpointError, match="no such file"):
         load_network(tmp_path / "none.snn.safetensors")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_that_may_not_be_read_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.snn.safetensors"
+    save_network(converted("residual").network, path)
+    path.chmod(0)
+    with pytest.raises(PermissionError):
+        load_network(path)

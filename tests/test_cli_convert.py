@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from PIL import Image
 from timm.models.nfnet import GammaAct
 from torch import nn
 
-from snnconv.checkpoint import load_network
+from snnconv.checkpoint import load_network, save_network
 from snnconv.cli.main import run
+from snnconv.files import SUFFIX
 from snnconv.replace import replace_activations
 
 DIGITS = ["convert", "zoo:digits", "--data", "zoo:digits", "--epochs", "0", "--quiet"]
@@ -362,6 +364,60 @@ def test_the_ann_must_be_the_one_that_was_converted(
     assert "no weights of the digits_resnet" in capsys.readouterr().err
 
 
+def test_checkpoints_that_were_calibrated_on_different_images_are_not_compared(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 1), dtype=np.uint8)
+    np.savez(own_folder / "all.npz", images=images, labels=np.arange(30) % 10)
+    make = ["convert", "zoo:digits", "--data", "all.npz", "--no-evaluate", "-q", "-T", "2"]
+    for name, seed in (("a", "5"), ("b", "5"), ("c", "6")):
+        drawn = ["--calibration-images", "10", "--seed", seed, "-o", f"{name}.snn.safetensors"]
+        assert run([*make, *drawn]) == 0
+    compare = ["eval", "--baselines", "--data", "all.npz", "-q", "a.snn.safetensors"]
+    assert run([*compare, "b.snn.safetensors", "-o", "ab.json"]) == 0
+    assert json.loads(Path("ab.json").read_text())["images"] == 20
+    assert run([*compare, "c.snn.safetensors"]) == 2
+    assert "calibrated on different images" in capsys.readouterr().err
+
+
+def test_checkpoints_of_several_networks_have_no_ann_in_common(own_folder: Path) -> None:
+    convert("-T", "2")
+    save_network(
+        replace(load_network(Path("digits.snn.safetensors")), model={}), Path("b" + SUFFIX)
+    )
+    compare = ["eval", "--baselines", "--data", "zoo:digits", "--limit", "20", "-q"]
+    assert run([*compare, "digits" + SUFFIX, "b" + SUFFIX, "-o", "both.json"]) == 0
+    report = json.loads(Path("both.json").read_text())
+    assert report["model"] == "digits_resnet, network" and report["ann"] is None
+    assert run([*compare, "digits" + SUFFIX, "-o", "one.json"]) == 0
+    assert json.loads(Path("one.json").read_text())["ann"] is not None
+    assert run([*compare, "digits" + SUFFIX, "b" + SUFFIX, "--ann", "zoo:digits", "--force"]) == 2
+
+
+def test_a_network_without_a_name_is_measured_and_shown(own_folder: Path) -> None:
+    """As the Python library makes one."""
+    convert("-T", "2")
+    save_network(
+        replace(load_network(Path("digits.snn.safetensors")), model={}), Path("b" + SUFFIX)
+    )
+    assert run(["eval", "b" + SUFFIX, "--data", "zoo:digits", "--limit", "9", "-q"]) == 0
+    (page,) = Path().glob("b.*.html")
+    assert run(["report", "b" + SUFFIX, "-q"]) == 0
+    assert "network" in page.read_text()
+
+
+def test_an_end_point_does_not_replace_a_simulation(own_folder: Path) -> None:
+    assert convert() == 0
+    base = ["eval", "--data", "zoo:digits", "--limit", "9", "-q"]
+    assert run(base) == run([*base, "--engine", "endpoint"]) == 0
+    simulated = Path("digits.T7-drain-signed-limit9.eval.json")
+    assert json.loads(simulated.read_text())["by_step"]
+    end = Path("digits.T7-drain-signed-limit9-endpoint.eval.json")
+    assert json.loads(end.read_text())["by_step"] is None
+    page = simulated.with_suffix(".html")
+    assert page.is_file() and run([*base, "--no-page"]) == 0 and not page.exists()
+
+
 def test_eval_does_not_overwrite_what_is_not_its_own(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
@@ -374,6 +430,8 @@ def test_eval_does_not_overwrite_what_is_not_its_own(
     Path("mine.json").write_text("{}")
     assert run([*base, "-o", "mine.json"]) == 2
     assert Path("mine.json").read_text() == "{}"
+    Path("link.json").symlink_to("nowhere.json")
+    assert run([*base, "-o", "link.json"]) == 2
     Path("digits.T7-drain-signed-limit9.eval.json").write_text("notes")
     assert run(base) == 2
     assert "--force" in capsys.readouterr().err

@@ -147,6 +147,7 @@ def write(path: Path, **fields: np.ndarray) -> str:
         ({"images": pixels(3), "labels": np.arange(4)}, "3 integers"),
         ({"images": pixels(0), "labels": np.arange(0)}, "no images"),
         ({"images": np.array([None, 1]), "labels": np.arange(2)}, "damaged"),
+        ({"images": pixels(3), "labels": np.arange(3), "class_names": "a"}, "one text per class"),
     ],
 )
 def test_wrong_arrays_are_named(fields: dict, message: str, tmp_path: Path) -> None:
@@ -200,6 +201,41 @@ def test_a_picture_of_absurd_size_is_unreadable(tmp_path: Path) -> None:
         list(open_data(str(tmp_path), "test").batches(SMALL, range(2), 2))
 
 
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    grey = Preprocessing((1, 8, 8), (0.5,), (0.5,))
+    for split in ("train", "test"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for name in ("0.png", "1.tiff"):
+            Image.fromarray(ramp).save(tmp_path / split / "a" / name)
+    ((found, _),) = open_data(str(tmp_path), "test").batches(grey, range(2), 2)
+    assert np.array_equal(found[0, 0].numpy(), ramp // 257)
+    assert np.array_equal(found[1, 0].numpy(), ramp // 257)
+    Image.fromarray((ramp / 65536).astype(np.float32)).save(tmp_path / "test" / "a" / "1.tiff")
+    with pytest.raises(DataError, match="cannot be read") as raised:
+        list(open_data(str(tmp_path), "test").batches(grey, range(2), 2))
+    assert "1.tiff: its pixels are floats" in raised.value.problems[0]
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path, 4)
+    (folder / "a").rename(folder / "train")
+    data = open_data(str(folder), "test", calibration_images=0)
+    assert data.class_names == ("b", "train") and len(data) == 4
+
+
+def test_half_of_mnist_is_no_mnist(tmp_path: Path) -> None:
+    for name, axes in (("train-images-idx3-ubyte", 3), ("train-labels-idx1-ubyte", 1)):
+        head = bytes([0, 0, 8, axes]) + b"".join(n.to_bytes(4, "big") for n in (2, 4, 4)[:axes])
+        (tmp_path / name).write_bytes(head + bytes(2 * 16 if axes == 3 else 2))
+    assert len(open_data(str(tmp_path), "test", calibration_images=0)) == 2
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(
+        (tmp_path / "train-images-idx3-ubyte").read_bytes()
+    )
+    with pytest.raises(DataError, match="t10k-images and no t10k-labels"):
+        open_data(str(tmp_path), "test")
+
+
 def test_classes_have_one_number_over_all_splits(tmp_path: Path) -> None:
     image_folder(tmp_path / "train", 4)
     image_folder(tmp_path / "test", 4)
@@ -209,6 +245,9 @@ def test_classes_have_one_number_over_all_splits(tmp_path: Path) -> None:
     assert (train.labels.tolist(), test.labels.tolist()) == ([0, 0, 1, 1], [1, 1, 2, 2])
     with pytest.raises(DataError, match="there are 3 classes"):
         check_labels(train, 2)
+    check_labels(train, 3, ["cat", "dog", "emu"])
+    with pytest.raises(DataError, match=r"another order \(class 1 is 'b', the network's is 'c'\)"):
+        check_labels(train, 3, ["a", "c", "b"])
 
 
 def test_images_of_another_size_are_resized_as_timm_does(tmp_path: Path) -> None:

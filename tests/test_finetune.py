@@ -24,6 +24,7 @@ from snnconv.finetune import Course, FinetuneSettings, Finetuning, LayerwiseTuni
 from snnconv.finetune.images import Images
 from snnconv.finetune.master import Master
 from snnconv.finetune.settings import divide
+from snnconv.finetune.settings import tunable as positions_of
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.normalize import count_values
 from snnconv.ops import per_channel
@@ -417,6 +418,9 @@ def test_an_interrupted_tuning_ends_as_one_that_was_not(
         (["eval", "--baselines", "--no-statistics"], 2, "--statistics would do nothing"),
         (["finetune", "--layerwise", "--data", "one.npz"], 2, "would be flattered"),
         ([*FINETUNE, "-o", "x.pt"], 2, "is named *.snn.safetensors"),
+        (["finetune", "--layerwise", "--data", "two"], 1, "the data belong to another network"),
+        (["eval", "--data", "zoo:digits", "-o", "page.html"], 2, "a report is named *.json"),
+        (["eval", "--data", "zoo:digits", "--baselines", "-o", "r.v1"], 2, "is named *.json"),
         ([*FINETUNE, "missing.snn.safetensors"], 1, "no such file"),
     ],
 )
@@ -431,6 +435,9 @@ def test_refusals(
     monkeypatch.delenv("SNNCONV_DATA", raising=False)
     grey = np.zeros((40, 8, 8), np.uint8)
     np.savez("one.npz", images=grey, labels=np.arange(40) % 10)
+    Path("two").mkdir()
+    for split in ("train", "test"):
+        np.savez(f"two/{split}.npz", images=grey, labels=np.arange(40))
     found = run(arguments)
     err = capsys.readouterr().err
     assert says in err and "Traceback" not in err
@@ -447,3 +454,27 @@ def test_a_tuning_too_short_to_move_an_integer_says_so(
     assert "nothing was learnt" in out and "unchanged" in out
     parent, tuned = (load_network(Path(f"digits{x}.snn.safetensors")) for x in ("", ".tuned"))
     assert changed(parent, tuned) == set()
+
+
+def test_a_network_with_nothing_to_mend_says_so(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a single step all spikes arrive together, so that nothing comes too late."""
+    single = ["convert", "zoo:digits", "--data", "zoo:digits", "--epochs", "0", "-T", "1", "-q"]
+    assert run([*single, "--no-evaluate", "-o", "one.snn.safetensors"]) == 0
+    capsys.readouterr()
+    short = ["--images", "40", "--epochs-per-layer", "1", "-q"]
+    assert (
+        run(["finetune", "one.snn.safetensors", "--layerwise", "--data", "zoo:digits", *short]) == 0
+    )
+    out = capsys.readouterr().out
+    assert "nothing to mend" in out and "nothing was learnt" not in out
+
+
+def test_the_readout_alone_can_be_tuned() -> None:
+    network = converted("residual").network
+    assert network.logits is not None
+    (position,) = positions_of(network, network.logits.name, also=network.logits)
+    assert network.nodes[position] is network.logits
+    with pytest.raises(UsageError, match="no layer to tune"):
+        positions_of(network, network.logits.name)

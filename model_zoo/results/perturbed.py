@@ -27,22 +27,25 @@ from snnconv.checkpoint import load_network, sha256
 from snnconv.data import ImageData, open_data
 from snnconv.engine import prepare
 from snnconv.network import Population, Readout, SpikingNetwork
+from snnconv.normalize import layer_bits
 
 
 def moved(network: SpikingNetwork, share: float, generator: torch.Generator) -> SpikingNetwork:
     """Return a copy in which a share of the weights is one unit larger or smaller."""
+    bits = layer_bits(network, network.weight_bits)
 
-    def synapse(s: Any) -> Any:
+    def synapse(s: Any, top: int) -> Any:
         if s.kind == "scale":
             return s
-        top = 2 ** (network.weight_bits - 1) - 1
         chosen = torch.rand(s.weight.shape, generator=generator) < share
         signs = 2 * torch.randint(0, 2, s.weight.shape, generator=generator) - 1
-        weight = (s.weight.int() + chosen * signs).clamp(-top, top)
-        return replace(s, weight=torch.where(chosen, weight, s.weight).to(s.weight.dtype))
+        signs = torch.where(s.weight.abs() == top, -s.weight.sign(), signs)  # the only way left
+        return replace(s, weight=(s.weight + chosen * signs).to(s.weight.dtype))
 
     nodes = [
-        replace(node, branches=tuple(map(synapse, node.branches)))
+        replace(
+            node, branches=tuple(synapse(s, 2 ** (bits[node.name] - 1) - 1) for s in node.branches)
+        )
         if isinstance(node, Population | Readout)
         else node
         for node in network.nodes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,27 @@ def choose_indices(total: int, count: int | None, seed: int, *, others: bool = F
     return np.sort(order[total - count :] if others else order[:count])
 
 
-def check_labels(data: ImageData, num_classes: int) -> None:
-    """Raise DataError unless labels, and the classes by name, are those of the network."""
+def check_labels(
+    data: ImageData, num_classes: int, class_names: Sequence[str] | None = None
+) -> None:
+    """Raise DataError unless labels, and the classes by name, are those of the network.
+
+    Names are compared where both have the same ones: their order is what labels mean.
+    """
     if data.class_names is not None and len(data.class_names) != num_classes:
         raise DataError(
             f"{data.name}: there are {len(data.class_names)} classes "
             f"({', '.join(data.class_names[:5])}, ...), the network has {num_classes}; the labels "
             "would not be the network's"
         )
+    if data.class_names is not None and class_names is not None:
+        ours, its = list(data.class_names), list(class_names)
+        if ours != its and sorted(ours) == sorted(its):
+            at = next(i for i, (a, b) in enumerate(zip(ours, its, strict=True)) if a != b)
+            raise DataError(
+                f"{data.name}: the classes are those of the network in another order (class {at} "
+                f"is {ours[at]!r}, the network's is {its[at]!r})"
+            )
     largest = int(data.labels.max())
     if largest >= num_classes or int(data.labels.min()) < 0:
         raise DataError(

@@ -60,9 +60,11 @@ def read_npz(path: Path, name: str, split: str) -> ImageData:
             if missing:
                 raise DataError(f"{path}: has no {' and no '.join(sorted(missing))}")
             images, labels = file["images"], file["labels"]
-            names = tuple(map(str, file["class_names"])) if "class_names" in file else None
+            names = file.get("class_names")
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: damaged or no .npz file ({error})") from error
+    if names is not None and names.ndim != 1:
+        raise DataError(f"{path}: class_names must be one text per class")
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
             f"{path}: images must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} "
@@ -204,8 +206,14 @@ def _mnist(folder: Path) -> dict[str, ImageData]:
         for split, prefix in (("train", "train"), ("test", "t10k")):
             images = _idx_file(folder / inside, f"{prefix}-images", "idx3-ubyte")
             labels = _idx_file(folder / inside, f"{prefix}-labels", "idx1-ubyte")
-            if images is None or labels is None:
+            if images is None and labels is None:
                 continue
+            if images is None or labels is None:
+                there, missing = ("labels", "images") if images is None else ("images", "labels")
+                raise DataError(
+                    f"{folder / inside}: incomplete, there are {prefix}-{there} and no "
+                    f"{prefix}-{missing}"
+                )
             pixels = _read_idx(images, 3)
             found[split] = _checked(folder, split, pixels[..., None], _read_idx(labels, 1), None)
         if found:

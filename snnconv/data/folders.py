@@ -20,12 +20,17 @@ def read_folder(path: Path) -> dict[str, ImageData]:
     split folders gives one part, named `all`. Raises DataError if there are no images.
     """
     roots = {
-        split: next((path / name for name in names if (path / name).is_dir()), None)
+        split: next((path / name for name in names if _has_folders(path / name)), None)
         for split, names in SPLIT_FOLDERS.items()
     }
     found = {split: root for split, root in roots.items() if root is not None} or {"all": path}
     classes = sorted({folder.name for root in found.values() for folder in _class_folders(root)})
     return {split: _part(path.name, root, split, classes) for split, root in found.items()}
+
+
+def _has_folders(path: Path) -> bool:
+    """Return whether a folder may be a split; one with nothing but images is a class."""
+    return path.is_dir() and (bool(_class_folders(path)) or not _images(path))
 
 
 def _class_folders(root: Path) -> list[Path]:

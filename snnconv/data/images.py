@@ -241,8 +241,22 @@ def to_pixels(
         channels = preprocessing.input_size[0]
         raise DataError(f"the network takes {channels} channels, images have 1 or 3")
     transform = transform or evaluation_transform(preprocessing)
-    pixels = np.asarray(transform(image.convert(mode)), dtype=np.uint8)
+    pixels = np.asarray(transform(_in_bytes(image).convert(mode)), dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _in_bytes(image: Any) -> Any:
+    """Scale grey levels of 16 bits to 8, which PIL would cut off.
+
+    Raises UnreadableImage for floats and 32 bits.
+    """
+    from PIL import Image
+
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise UnreadableImage("its pixels are floats or have 32 bits; save it with 8 or 16")
+    return image
 
 
 @lru_cache(maxsize=8)

@@ -9,7 +9,6 @@ gradient is that of the quantised layers at the mean spike values, as in layer-w
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -71,9 +70,7 @@ class EndToEndTuning:
         self.network, self.images, self.settings, self.taught = network, images, settings, taught
         self.agreement, self.progress = agreement, progress
         self.readout = network.logits
-        self.positions = tunable(network, settings.layers)
-        if fnmatch.fnmatchcase(self.readout.name, settings.layers):
-            self.positions.append(network.nodes.index(self.readout))
+        self.positions = tunable(network, settings.layers, also=self.readout)
         self.engine = counts.Engine(network, network.timesteps, images.device)
         self.teacher = prepare(network, network.timesteps, device=self.engine.device.type)
         self.means = Means(network, images.device)

@@ -9,7 +9,7 @@ import numpy as np
 
 from snnconv.data import choose_indices
 from snnconv.errors import UsageError, require_types
-from snnconv.network import Population, SpikingNetwork
+from snnconv.network import Population, Readout, SpikingNetwork
 
 HELD_OUT_SHARE = 0.1
 # How many images teach a layer, if the settings do not say.
@@ -86,10 +86,10 @@ def held_out_seed(network: SpikingNetwork, seed: int) -> int:
     return seed
 
 
-def tunable(network: SpikingNetwork, pattern: str) -> list[int]:
+def tunable(network: SpikingNetwork, pattern: str, also: Readout | None = None) -> list[int]:
     """Return the positions of the populations that can be tuned and whose path fits a pattern.
 
-    Raises UsageError if there is none.
+    `also` is a readout that can be, by its name. Raises UsageError if there is none.
     """
     able = {
         position: node
@@ -99,6 +99,8 @@ def tunable(network: SpikingNetwork, pattern: str) -> list[int]:
         and any(synapse.kind != "scale" for synapse in node.branches)
     }
     found = [k for k, node in able.items() if fnmatch.fnmatchcase(node.path, pattern)]
+    if also is not None and fnmatch.fnmatchcase(also.name, pattern):
+        found.append(network.nodes.index(also))
     if not found:
         known = ", ".join(node.path for node in able.values()) or "none"
         raise UsageError(

@@ -6,6 +6,7 @@ Nothing here imports torch or numpy: a report is read and rendered at once.
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,6 +24,12 @@ def default_path(checkpoint: Path, kind: str, settings: Sequence[str] = ()) -> P
     return checkpoint.with_name(".".join(parts))
 
 
+def require_name(path: Path) -> None:
+    """Raise UsageError unless a report is named as one: its page has the same name with .html."""
+    if path.suffix != ".json":
+        raise UsageError(f"--output {path}: a report is named *.json")
+
+
 def require_writable(path: Path, force: bool, replaces: Mapping[str, Any] | None = None) -> None:
     """Raise UsageError unless a file may be written: its folder is there, and it is not.
 
@@ -32,7 +39,9 @@ def require_writable(path: Path, force: bool, replaces: Mapping[str, Any] | None
         raise UsageError(f"{path.parent}: no such folder for the output")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file")
-    if path.exists() and not force and not (replaces and _has(path, replaces)):
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{path.parent}: no permission to write there")
+    if os.path.lexists(path) and not force and not (replaces and _has(path, replaces)):
         raise UsageError(f"{path} exists; give --force to overwrite it, or another --output")
 
 

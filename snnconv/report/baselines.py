@@ -7,8 +7,8 @@ from snnconv.report.document import (
     Document,
     Section,
     Table,
-    amount,
     columns_in_use,
+    nearly_all,
     number,
 )
 from snnconv.report.reading import Report
@@ -47,7 +47,7 @@ def document(report: Report) -> Document:
                 number(row.get("latency_steps_clocked"), ",d"),
                 number(row.get("spikes_per_neuron"), ".3f"),
                 number(row.get("negative_percent"), ".1f"),
-                "" if counts is None else amount(counts, 4),
+                "" if counts is None else nearly_all(counts),
                 number(row.get("recovered_percent"), ".0f"),
             ]
         )

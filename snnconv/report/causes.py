@@ -52,9 +52,14 @@ def section(e: dict[str, Any]) -> Section | None:
     ]
     last = [row["cumulative"].get(stages[-1], 0.0) for row in layers]
     worst = last.index(max(last))
+    largest = (
+        f"The error is largest in layer {worst + 1}, {names[worst]}: {amount(last[worst])}."
+        if last[worst]
+        else "No layer has any."
+    )
     figure = Stacks(
         "Error over layers, by cause",
-        f"The error is largest in layer {worst + 1}, {names[worst]}: {amount(last[worst])}."
+        largest
         + (f" To mend first: layer {marked + 1}, {names[marked]}." if marked is not None else ""),
         "layer",
         "relative squared error",

@@ -24,7 +24,7 @@ PARTS = {
     "membrane": ("membrane", "a comparison with the threshold per neuron and step"),
     "resets": ("resets", "a subtraction of the threshold per spike"),
     "pooling": ("pooling", "pooling on counts"),
-    "analog": ("analog", "analog islands, in every step in which they are computed"),
+    "analog": ("analog", "analog islands, and layers that read them, in every step"),
 }
 BASELINES = {
     "ann_fp32_nj": ("ANN, float32", "ann"),

@@ -31,8 +31,8 @@ LAYER_COLUMNS = (
     Column("equal %", "Final counts that equal the quantised ANN's integers."),
     Column(
         "sequential error",
-        "How far the final counts S are from the quantised ANN's integers N: ‖S−N‖/‖N‖. "
-        "0 where all are equal.",
+        "How far the final counts S are from the quantised ANN's integers N: ‖S−N‖/‖N‖, on every "
+        "eighth image. 0 where all of these are equal.",
     ),
 )
 

@@ -166,6 +166,11 @@ def amount(value: float, digits: int = 3) -> str:
     return f"{value:.{digits - 1 + int(zeros)}f}"
 
 
+def nearly_all(percent: float) -> str:
+    """Write a share of 100 at most, which is 100 only where nothing is missing."""
+    return amount(percent if percent >= 100 else min(percent, 99.99), 4)
+
+
 def in_steps(number: int) -> str:
     """Write a number of time steps."""
     return "1 step" if number == 1 else f"{number:,} steps"

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from snnconv.report import causes, costs, course
-from snnconv.report.document import Document, Fact, Section, amount, in_steps, joules, percent
+from snnconv.report.document import (
+    Document,
+    Fact,
+    Section,
+    amount,
+    in_steps,
+    joules,
+    nearly_all,
+    percent,
+)
 
 
 def document(e: dict[str, Any], file: str) -> Document:
@@ -85,7 +94,7 @@ def facts(e: dict[str, Any]) -> list[Fact]:
         note = "of arg-maxes; " + (
             "every count equals the quantised ANN's"
             if exact
-            else f"{amount(counts, 4)} % of counts"
+            else f"{nearly_all(counts)} % of counts"
         )
         same = agreement["argmax_percent"]
         found.append(_percent_fact("agreement.argmax_percent", "Agreement", same, note))

@@ -100,7 +100,7 @@ def _stacks(figure: Stacks, width: int) -> tuple[int, list[str]]:
     columns = list(zip(*(values for _, _, values in figure.series), strict=True))
     above = [sum(v for v in column if v > 0) for column in columns]
     below = [sum(v for v in column if v < 0) for column in columns]
-    top, bottom = max([*above, 1e-12]), min(below)
+    top, bottom = max(above) or 1.0, min(below)
     marked = figure.marked is not None
     plane = Plane(width, height, (0.5, len(columns) + 0.5), (bottom * 1.05, top * 1.08))
     if marked:
