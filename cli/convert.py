@@ -217,6 +217,8 @@ def command(
     files = TrainFiles.beside(path)
     settings = training.settings(recipe)
 
+    import torch
+
     from snnconv import __version__, checkpoint, distributed, memory, replace
     from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.data import choose_indices
@@ -411,6 +413,7 @@ def command(
         "seed": seed,
         "device": place,
         "processes": processes,
+        "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - start,
     }
     report.write(report_path, contents, console.arguments())
