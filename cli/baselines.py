@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snnconv.errors import UsageError
+from snnconv.files import require_named
 
 from . import console, options
 from .ann import forwards_of, load_ann, measure_forwards, stored_ann
@@ -60,7 +61,7 @@ def compare(
         "data": images.name,
         "seed": seed,
     }
-    report.require_name(path)
+    require_named(path, ".json", "a report")
     report.require_writable(path, force, None if output else own)
     indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:

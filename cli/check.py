@@ -30,7 +30,7 @@ REASON = 70
 @click.option(
     "-T",
     "--timesteps",
-    type=click.IntRange(1, 4095),
+    type=options.TIMESTEPS,
     default=7,
     show_default=True,
     help="T that estimates are for.",

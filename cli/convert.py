@@ -11,6 +11,8 @@ import click
 from click.core import ParameterSource
 
 from snnconv.errors import UsageError
+from snnconv.files import SUFFIX, require_named
+from snnconv.limits import MAX_WEIGHT_BITS, MIN_WEIGHT_BITS
 from snnconv.progress import silent
 
 from . import console, evaluation, options
@@ -81,12 +83,12 @@ def parse_drain(text: str) -> int | None:
 @click.option(
     "-T",
     "--timesteps",
-    type=click.IntRange(1, 4095),
+    type=options.TIMESTEPS,
     help="T, the levels of an activation and the steps of input.  [default: the recipe's, else 7]",
 )
 @click.option(
     "--weight-bits",
-    type=click.IntRange(2, 8),
+    type=click.IntRange(MIN_WEIGHT_BITS, MAX_WEIGHT_BITS),
     help="Bits of the weights; the first layer and the readout have 8.  [default: the recipe's, "
     "else 8]",
 )
@@ -209,8 +211,7 @@ def command(
 
     Schedule(schedule, timesteps, 1, parsed_drain)
     path = output or default_name(source)
-    if not path.name.endswith(".snn.safetensors"):
-        raise UsageError(f"--output {path}: a spiking checkpoint is named *.snn.safetensors")
+    require_named(path, SUFFIX, "a spiking checkpoint")
     report.require_writable(path, force)
     report_path = report.default_path(path, "convert")
     report.require_writable(report_path, force, {"schema": "snnconv.conversion/1"})

@@ -31,9 +31,7 @@ from .convert import parse_drain
     show_default=True,
     help="Which images; choose settings on train only.",
 )
-@click.option(
-    "-T", "--timesteps", type=click.IntRange(1, 4095), help="T.  [default: the checkpoint's]"
-)
+@click.option("-T", "--timesteps", type=options.TIMESTEPS, help="T.  [default: the checkpoint's]")
 @click.option(
     "--schedule",
     type=click.Choice(["paper", "drain", "stagger", "wait"]),

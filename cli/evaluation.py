@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snnconv.errors import SnnconvError, first_line
+from snnconv.files import require_named
 
 from . import console
 from .ann import diagnosed, forwards_of, measure_forwards, stored_ann
@@ -102,7 +103,7 @@ def require_writable(
 
     drawn = {"seed": seed} if limit else {}
     own = {"schema": "snnconv.evaluation/1", "data": images.name, **drawn}
-    report.require_name(path)
+    require_named(path, ".json", "a report")
     report.require_writable(path, force, None if named else own)
     if page:
         beside = path.with_suffix(".html")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from snnconv.errors import UsageError, first_line
-from snnconv.files import SUFFIX, write_atomically
+from snnconv.files import SUFFIX, require_named, write_atomically
 
 from . import console, options
 
@@ -129,8 +129,7 @@ def command(
 
     stem = named.name.removesuffix(SUFFIX)
     target = output or named.with_name(f"{stem}.tuned{SUFFIX}")
-    if not target.name.endswith(SUFFIX):
-        raise UsageError(f"--output {target}: a spiking checkpoint is named *{SUFFIX}")
+    require_named(target, SUFFIX, "a spiking checkpoint")
     report.require_writable(target, force)
     report_path = report.default_path(target, "finetune")
     report.require_writable(report_path, force, {"schema": "snnconv.finetuning/1"})

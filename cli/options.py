@@ -16,6 +16,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from snnconv.errors import UsageError, refuse_unknown, suggestion
+from snnconv.files import SUFFIX
+from snnconv.limits import MAX_TIMESTEPS, MIN_TIMESTEPS
 
 from . import console
 
@@ -30,7 +32,8 @@ CONTEXT_SETTINGS: dict[str, Any] = {
 }
 SETTINGS_FILE = "snnconv.toml"
 DATA_VARIABLE = "SNNCONV_DATA"
-CHECKPOINT_PATTERN = "*.snn.safetensors"
+CHECKPOINT_PATTERN = f"*{SUFFIX}"
+TIMESTEPS = click.IntRange(MIN_TIMESTEPS, MAX_TIMESTEPS)
 SHARED_SETTINGS = ("data", "device", "seed")
 NAMED = 5
 

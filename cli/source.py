@@ -13,6 +13,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from snnconv.errors import UsageError
+from snnconv.files import SUFFIX, ann_stem
 from snnconv.preprocess import INTERPOLATIONS
 
 from . import console
@@ -255,6 +256,4 @@ def network_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def default_name(source: str) -> Path:
     """Name the spiking checkpoint of a source, in the current folder."""
     name = source.rstrip("/").rpartition("/")[2].rpartition(":")[2] or "network"
-    for suffix in (".safetensors", ".tar", ".pth", ".pt", ".th", ".ckpt", ".bin"):
-        name = name.removesuffix(suffix)
-    return Path(f"{name}.snn.safetensors")
+    return Path(f"{ann_stem(name)}{SUFFIX}")

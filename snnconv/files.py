@@ -1,4 +1,4 @@
-"""Files: the name of a spiking checkpoint, and writing whole or not at all."""
+"""Files: the names of checkpoints, and writing whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,6 +9,21 @@ from pathlib import Path
 from snnconv.errors import UsageError
 
 SUFFIX = ".snn.safetensors"
+# What the checkpoints of ANNs are called.
+ANN_SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors", ".bin", ".ckpt")
+
+
+def ann_stem(name: str) -> str:
+    """Return the name of an ANN's checkpoint file without its suffixes, as of `NAME.pth.tar`."""
+    while Path(name).suffix in ANN_SUFFIXES:
+        name = Path(name).stem
+    return name
+
+
+def require_named(path: Path, suffix: str, what: str) -> None:
+    """Raise UsageError unless an output has the suffix by which files of its kind are known."""
+    if not path.name.endswith(suffix):
+        raise UsageError(f"--output {path}: {what} is named *{suffix}")
 
 
 def write_atomically(path: Path, contents: bytes, *, replace: bool = True) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.errors import CheckpointError, UsageError, first_line, suggestion
+from snnconv.files import ANN_SUFFIXES, SUFFIX, ann_stem
 from snnconv.preprocess import Preprocessing, overridden
 from snnconv.recipe import Recipe
 
-SUFFIXES = (".pt", ".pth", ".th", ".tar", ".safetensors", ".bin", ".ckpt")
 # Where trainers keep the weights within a checkpoint, averaged ones first.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -109,7 +109,7 @@ def _load(
         _refuse_other_arch(source, arch, loaded.name)
         return loaded
     path = Path(source)
-    if path.exists() or path.suffix in SUFFIXES or "/" in source:
+    if path.exists() or path.suffix in ANN_SUFFIXES or "/" in source:
         return _from_file(path, arch, fallback, args)
     _refuse_other_arch(source, arch, source)
     _require_known(source)
@@ -287,10 +287,7 @@ def _stated_arch(named: Mapping[str, Any]) -> str | None:
 
 def _arch_of_name(path: Path, state: Mapping[str, Tensor]) -> str:
     """Guess the architecture from a file name like `resnet18-5c106cde.pth`."""
-    stem = path.name
-    while Path(stem).suffix in SUFFIXES:
-        stem = Path(stem).stem
-    stem = stem.lower()
+    stem = ann_stem(path.name).lower()
     guesses = [stem, re.split(r"[-.]", stem)[0], re.sub(r"[-.]", "_", stem)]
     for guess in guesses:
         if "linear.weight" in state and _is_known(f"cifar_{guess}"):
@@ -309,7 +306,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise CheckpointError(f"{path} is a folder; give a checkpoint file")
     if not path.exists():
         raise CheckpointError(f"{path}: no such file")
-    if path.name.endswith(".snn.safetensors"):
+    if path.name.endswith(SUFFIX):
         raise CheckpointError(
             f"{path} is a spiking checkpoint already; evaluate it with snnconv eval, or give the "
             "ANN it came from"

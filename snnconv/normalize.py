@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from snnconv.errors import UsageError
+from snnconv.limits import MAX_WEIGHT_BITS, MIN_WEIGHT_BITS
 from snnconv.network import (
     Image,
     Island,
@@ -212,8 +213,11 @@ def _integer_layers(
 
     `values` are its `spike_values`; their number type is the one it computes in.
     """
-    if not 2 <= weight_bits <= 8:
-        raise UsageError(f"--weight-bits must be between 2 and 8, not {weight_bits}")
+    if not MIN_WEIGHT_BITS <= weight_bits <= MAX_WEIGHT_BITS:
+        raise UsageError(
+            f"--weight-bits must be between {MIN_WEIGHT_BITS} and {MAX_WEIGHT_BITS}, "
+            f"not {weight_bits}"
+        )
     images = image_carriers(qann)
     depth = depths(qann.nodes)
     resolved = max(timesteps, TIMESTEPS_RESOLVED)

@@ -23,6 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from snnconv.errors import UsageError, refuse_unknown, suggestion
+from snnconv.limits import (
+    MAX_TIMESTEPS,
+    MAX_WEIGHT_BITS,
+    MIN_TIMESTEPS,
+    MIN_WEIGHT_BITS,
+)
 from snnconv.preprocess import Preprocessing, overridden
 
 KEYS = (
@@ -122,7 +128,10 @@ def read_recipe(name: str) -> Recipe:
     refuse_unknown(str(path), values, KEYS)
     if not isinstance(values.get("arch", ""), str):
         raise UsageError(f"{path}: arch must be the name of a timm architecture")
-    for key, (low, high) in (("timesteps", (1, 4095)), ("weight_bits", (2, 8))):
+    for key, low, high in (
+        ("timesteps", MIN_TIMESTEPS, MAX_TIMESTEPS),
+        ("weight_bits", MIN_WEIGHT_BITS, MAX_WEIGHT_BITS),
+    ):
         number = values.get(key, low)
         if type(number) is not int or not low <= number <= high:
             raise UsageError(f"{path}: {key} must be a whole number from {low} to {high}")

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from snnconv.errors import UsageError
+from snnconv.limits import MAX_TIMESTEPS, MIN_TIMESTEPS
 
 SCHEDULES = ("paper", "drain", "stagger", "wait")
-MAX_TIMESTEPS = 4095
 
 
 @dataclass(frozen=True)
@@ -88,5 +88,7 @@ class Schedule:
 
 def check_timesteps(timesteps: int) -> None:
     """Raise UsageError unless T is within what a count can hold."""
-    if not (isinstance(timesteps, Integral) and 1 <= timesteps <= MAX_TIMESTEPS):
-        raise UsageError(f"--timesteps must be between 1 and {MAX_TIMESTEPS}, not {timesteps}")
+    if not (isinstance(timesteps, Integral) and MIN_TIMESTEPS <= timesteps <= MAX_TIMESTEPS):
+        raise UsageError(
+            f"--timesteps must be between {MIN_TIMESTEPS} and {MAX_TIMESTEPS}, not {timesteps}"
+        )

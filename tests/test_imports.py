@@ -17,7 +17,17 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from its own row and from the rows above it.
 LAYERS = [
-    {"errors", "files", "memory", "progress", "preprocess", "ops", "program", "distributed"},
+    {
+        "errors",
+        "files",
+        "limits",
+        "memory",
+        "progress",
+        "preprocess",
+        "ops",
+        "program",
+        "distributed",
+    },
     {"recipe", "analog", "energy"},
     {"rewrite"},
     {"graph", "load", "replace"},

@@ -24,12 +24,6 @@ def default_path(checkpoint: Path, kind: str, settings: Sequence[str] = ()) -> P
     return checkpoint.with_name(".".join(parts))
 
 
-def require_name(path: Path) -> None:
-    """Raise UsageError unless a report is named as one: its page has the same name with .html."""
-    if path.suffix != ".json":
-        raise UsageError(f"--output {path}: a report is named *.json")
-
-
 def require_writable(path: Path, force: bool, replaces: Mapping[str, Any] | None = None) -> None:
     """Raise UsageError unless a file may be written: its folder is there, and it is not.
 
