@@ -26,8 +26,9 @@ them. *Latency* is in time steps and assumes that spikes travel without delay wi
 brackets, for clocked hardware with one step per hop. *Counts* is the share of spike counts that
 equal the quantised ANN's integers at the end of the run. *Drop* is what is lost from the ANN on the
 same images, with its paired 95 % interval; rows without counts are end points of exact schedules,
-computed without simulation. *Epochs* are those of retraining; 0 is
-training-free conversion. *Bits* are those of the weights; the first and the last layer have 8.
+computed without simulation. *Epochs* are those of retraining, of one
+after another where a checkpoint started from a retrained one; 0 is training-free conversion.
+*Bits* are those of the weights; the first and the last layer have 8.
 Intervals are Wilson's at 95 %. Times were taken on a machine that did
 other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
 ImageNet's training set: good for differences, not for levels. All float networks are published ones
@@ -41,8 +42,7 @@ def main(args: list[str]) -> int:
     conversions = {c["checkpoint"]: c for c in _load("*.convert.json")}
     for evaluation in evaluations:
         conversion = conversions[evaluation["checkpoint"]]
-        retraining = conversion.get("retraining")
-        evaluation["epochs"] = 0 if retraining is None else retraining["settings"]["epochs"]
+        evaluation["epochs"] = _epochs(conversion, conversions)
         evaluation["weight_bits"] = conversion["weight_bits"]
         evaluation["calibration"] = conversion["calibration"]["method"]
         evaluation["converted_for"] = conversion["timesteps"]
@@ -73,13 +73,14 @@ def main(args: list[str]) -> int:
 def _networks(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return README's rows: the ends of exact schedules, and as `at_t` those of `paper`.
 
-    Of training-free networks for the same T the reconstructed one stands for all.
+    Of training-free networks for the same T the reconstructed one stands for all, of retrained ones
+    the one that was trained longest.
     """
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for e in sorted(evaluations, key=lambda e: e["calibration"] == "reconstruct"):
         if e["neuron"] != "signed" or e["partial"] or e["timesteps"] != e["converted_for"]:
             continue
-        network = (e["model"], e["timesteps"], e["weight_bits"], e["epochs"] > 0)
+        network = (e["model"], e["timesteps"], e["weight_bits"], bool(e["epochs"]))
         ends = found.setdefault(network, {})
         if e["schedule"] == "paper":
             ends["paper"] = e
@@ -104,9 +105,19 @@ def _order(report: dict[str, Any]) -> tuple[Any, ...]:
     model = report["model"]["name"] if isinstance(report["model"], dict) else report["model"]
     return (
         len(model), model, report["timesteps"],
-        -report.get("weight_bits", 8), report.get("epochs", 0),
+        -report.get("weight_bits", 8), sum(report.get("epochs", ())),
         SCHEDULES.index(report["schedule"]), report["neuron"], report["report"],
     )  # fmt: skip
+
+
+def _epochs(conversion: dict[str, Any], conversions: dict[str, dict[str, Any]]) -> list[int]:
+    """Return the epochs of every retraining a checkpoint has gone through, in order."""
+    retraining = conversion.get("retraining")
+    if retraining is None:
+        return []
+    start = retraining.get("started_from")
+    before = [] if start is None else _epochs(conversions[start["name"]], conversions)
+    return [*before, retraining["settings"]["epochs"]]
 
 
 def _percent(value: dict[str, Any] | None) -> str:
@@ -134,7 +145,7 @@ _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
     "bits": lambda e: e["weight_bits"],
-    "epochs": lambda e: e["epochs"],
+    "epochs": lambda e: " + ".join(map(str, e["epochs"])) or "0",
     "schedule": lambda e: e["schedule"],
     "neuron": lambda e: e["neuron"],
     "ANN %": lambda e: _percent(e["ann"]),
