@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from snnconv.limits import DEFAULT_TIMESTEPS
+
 from . import console, options
 from .source import NetworkOptions, network_options, source_argument
 
@@ -31,7 +33,7 @@ REASON = 70
     "-T",
     "--timesteps",
     type=options.TIMESTEPS,
-    default=7,
+    default=DEFAULT_TIMESTEPS,
     show_default=True,
     help="T that estimates are for.",
 )

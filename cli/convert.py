@@ -3,50 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from snnconv.errors import UsageError
 from snnconv.files import SUFFIX, require_named
-from snnconv.limits import MAX_WEIGHT_BITS, MIN_WEIGHT_BITS
 from snnconv.progress import silent
 
-from . import console, evaluation, options
+from . import console, converted, evaluation, options
+from .conversion import ConversionOptions, Method, conversion_options
 from .retraining import TrainFiles, TrainOptions, retrainer, train_options
 from .source import (
     NetworkOptions,
     default_name,
-    describe_input,
     fit_to_images,
     network_options,
     source_argument,
 )
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from snnconv.data import ImageData
     from snnconv.load import LoadedModel
     from snnconv.network import SpikingNetwork
     from snnconv.pipeline import Conversion
+    from snnconv.recipe import Recipe
+    from snnconv.train import TrainSettings
 
 SAMPLE_IMAGES = 16
 COMPENSATION_IMAGES = 200
-DEFAULT_TIMESTEPS = 7
-DEFAULT_WEIGHT_BITS = 8
-
-
-def parse_drain(text: str) -> int | None:
-    """Turn --drain into a number of steps, or None for auto."""
-    if text == "auto":
-        return None
-    if not text.isdecimal():
-        raise UsageError(f"--drain must be 'auto' or a number of steps, not {text!r}")
-    return int(text)
 
 
 @options.command(
@@ -57,85 +48,7 @@ def parse_drain(text: str) -> int | None:
 @source_argument
 @network_options
 @options.data_option
-@click.option(
-    "--calibration",
-    type=click.Choice(["reconstruct", "mse", "percentile", "max", "bn"]),
-    help="How clips are chosen; reconstruct also fits weights and biases, layer by layer, in place "
-    "of training; bn needs no data.  [default: reconstruct with --epochs 0, else mse; "
-    "without data bn]",
-)
-@click.option(
-    "--percentile",
-    type=click.FloatRange(0, 100, min_open=True),
-    metavar="P",
-    help="Share of a layer's activations below the clip of --calibration percentile; where so many "
-    "are 0, the largest is taken.  "
-    "[default: 99.9]",
-)
-@click.option(
-    "--calibration-images",
-    type=click.IntRange(min=1),
-    default=1000,
-    show_default=True,
-    metavar="N",
-    help="Training images to calibrate on, drawn with --seed.",
-)
-@click.option(
-    "-T",
-    "--timesteps",
-    type=options.TIMESTEPS,
-    help="T, the levels of an activation and the steps of input.  [default: the recipe's, else 7]",
-)
-@click.option(
-    "--weight-bits",
-    type=click.IntRange(MIN_WEIGHT_BITS, MAX_WEIGHT_BITS),
-    help="Bits of the weights; the first layer and the readout have 8.  [default: the recipe's, "
-    "else 8]",
-)
-@click.option(
-    "--neuron",
-    type=click.Choice(["signed", "unsigned"]),
-    default="signed",
-    show_default=True,
-    help="Whether neurons may emit negative spikes.",
-)
-@click.option(
-    "--initial-membrane",
-    type=click.Choice(["half", "zero"]),
-    help="V0: half a threshold rounds half up, zero rounds down.  [default: half; zero with "
-    "--compensation gain]",
-)
-@click.option(
-    "--compensation",
-    type=click.Choice(["none", "gain", "bias"]),
-    default="none",
-    show_default=True,
-    help="Without retraining, make up for what neurons lose in T steps: one gain for all weights, "
-    "or a bias per channel.",
-)
-@click.option(
-    "--shortcut-normalization/--no-shortcut-normalization",
-    default=True,
-    show_default=True,
-    help="Weigh a spike that takes a shortcut by its own threshold; without, by that of where it "
-    "ends, to see the difference.",
-)
-@options.replace_option
-@options.strict_option
-@click.option(
-    "--schedule",
-    type=click.Choice(["paper", "drain", "stagger", "wait"]),
-    default="drain",
-    show_default=True,
-    help="When layers start and stop; eval can choose another.",
-)
-@click.option(
-    "--drain",
-    default="auto",
-    show_default=True,
-    metavar="auto|N",
-    help="Steps after the last input: until nothing fires, or N.",
-)
+@conversion_options
 @train_options
 @click.option(
     "--evaluate/--no-evaluate",
@@ -154,19 +67,7 @@ def command(
     source: str,
     network: NetworkOptions,
     data: str | None,
-    calibration: str | None,
-    percentile: float | None,
-    calibration_images: int,
-    timesteps: int | None,
-    weight_bits: int | None,
-    neuron: str,
-    initial_membrane: str | None,
-    compensation: str,
-    shortcut_normalization: bool,
-    replace_activations: str | None,
-    strict: bool,
-    schedule: str,
-    drain: str,
+    chosen: ConversionOptions,
     training: TrainOptions,
     evaluate: bool,
     output: Path | None,
@@ -188,28 +89,11 @@ def command(
     written. Then the test images are simulated.
     """
     start = time.perf_counter()
-    parsed_drain = parse_drain(drain)
     recipe = network.read_recipe()
-    timesteps = timesteps or (recipe and recipe.timesteps) or DEFAULT_TIMESTEPS
-    weight_bits = weight_bits or (recipe and recipe.weight_bits) or DEFAULT_WEIGHT_BITS
-    asked = calibration is not None
-    if calibration is None:
-        calibration = "mse" if data else "bn"
-    if calibration != "bn":
-        options.require_data(data)
-    if calibration != "percentile" and _given("percentile"):
-        raise UsageError(f"--percentile belongs to --calibration percentile, not {calibration}")
-    if compensation == "gain" and initial_membrane == "half" and _given("initial_membrane"):
-        raise UsageError(
-            "--compensation gain belongs with --initial-membrane zero: with half a threshold the "
-            "neurons would fire too much"
-        )
-    if initial_membrane is None or compensation == "gain":
-        initial_membrane = "zero" if compensation == "gain" else "half"
-    from snnconv import report
-    from snnconv.schedule import Schedule
+    method = chosen.method(recipe, data)
 
-    Schedule(schedule, timesteps, 1, parsed_drain)
+    from snnconv import report
+
     path = output or default_name(source)
     require_named(path, SUFFIX, "a spiking checkpoint")
     report.require_writable(path, force)
@@ -220,104 +104,51 @@ def command(
 
     import torch
 
-    from snnconv import __version__, checkpoint, distributed, memory, replace
-    from snnconv.calibrate import DEFAULT_PERCENTILE
-    from snnconv.data import choose_indices
+    from snnconv import __version__, checkpoint, distributed, memory
     from snnconv.normalize import with_settings
     from snnconv.pipeline import check_equal, convert
-    from snnconv.reconstruction import FEWEST_IMAGES
+    from snnconv.replace import replace_activations
 
-    percentile = percentile or DEFAULT_PERCENTILE
     place = options.resolve_device(device)
     memory.keep_freed()
     loaded = network.load(source)
-    train = test = None
-    indices: Any = None
-    accuracies: dict[str, Any] = {}
-    after: dict[str, Any] | None = None
+    images = None
     if data is not None:
-        count = 0 if calibration == "bn" else calibration_images
-        train, test = _open_splits(data, loaded.num_classes, loaded.class_names, count, seed, quiet)
-        loaded = fit_to_images(loaded, train, quiet)
-        indices = choose_indices(len(train), calibration_images, seed)
-    if train is None or (train.note and not training.epochs_asked(recipe)):
-        training.refuse_without_training(
-            "no data given: nothing to retrain on"
-            if train is None
-            else "the data have no training part, and are retrained on with --epochs only"
-        )
-        settings = None
-    elif train.note and settings is not None:
-        if calibration == "bn":
-            raise UsageError(
-                "--calibration bn leaves all images of data in one part to be measured: give "
-                "--epochs 0"
-            )
-        console.note("the images that calibrate retrain, and choose the epoch, too", quiet)
+        images = _Images.opened(data, loaded, method, chosen.calibration_images, limit, seed, quiet)
+        loaded = fit_to_images(loaded, images.train, quiet)
+    settings = _possible(settings, training, recipe, method, images, quiet)
     if settings is not None:
         files.require_free(training.resume, force)
-        if calibration == "reconstruct":
-            raise UsageError(
-                "--calibration reconstruct takes the place of training: give --epochs 0"
-            )
-    elif not asked and train is not None and compensation == "none" and shortcut_normalization:
-        if len(indices) >= FEWEST_IMAGES:
-            calibration = "reconstruct"
-        else:
-            console.note(
-                f"{len(indices)} images are too few to fit weights to: only clips are chosen",
-                quiet,
-            )
-    held_out: Any = ()
-    if settings is not None and not shortcut_normalization:
-        raise UsageError(
-            "--no-shortcut-normalization is for networks without training: give --epochs 0"
-        )
-    if compensation != "none":
-        held_out = _held_out(train, settings, compensation, indices, seed)
-    described: dict[str, Any] = {
-        "name": loaded.name,
-        "args": loaded.model_args,
-        "channels": loaded.channels,
-        "num_classes": loaded.num_classes,
-        "class_names": _class_names(loaded, train),
-        "weights_sha256": loaded.weights_sha256,
-        "ann": None,
-    }
-    calibrated_on = None
-    if train is not None and calibration != "bn":
-        calibrated_on = {
-            "data_sha256": train.sha256(indices),
-            "split": train.split,
-            "note": train.note,
-            "images": len(indices),
-            "seed": seed,
-        }
-    how_calibrated: dict[str, Any] = {"method": calibration, "on": calibrated_on}
-    if calibration == "percentile":
-        how_calibrated["percentile"] = percentile
-    advice = "start it again with --resume"
-    with distributed.group(place, advice), console.progress(quiet) as progress:
+    elif chosen.calibration is None and images is not None:
+        method = _without_training(method, images, quiet)
+    held_out = _held_out(method, images, seed)
+    calibration = _calibration(method, images, seed)
+    with (
+        distributed.group(place, "start it again with --resume"),
+        console.progress(quiet) as progress,
+    ):
 
-        def batches() -> Any:
-            return _batches(train, loaded, indices, progress) if train and calibrated_on else None
+        def batches() -> Iterator[torch.Tensor] | None:
+            if images is None or calibration["on"] is None:
+                return None
+            return _batches(images.train, loaded, images.calibrating, progress)
 
         model, replaced = loaded.model, dict[str, int]()
-        if replace_activations is not None:
-            model, replaced = replace.replace_activations(model)
+        if chosen.replace_activations is not None:
+            model, replaced = replace_activations(model)
         retrain = None
-        if settings is not None and train is not None:
+        if settings is not None and images is not None:
             retrain = retrainer(
                 training,
                 settings,
                 loaded,
-                train,
+                images.train,
                 files,
-                timesteps=timesteps,
-                weight_bits=weight_bits,
-                initial_membrane=initial_membrane,
+                timesteps=method.timesteps,
+                weight_bits=method.weight_bits,
+                initial_membrane=method.initial_membrane,
                 images=batches,
-                calibration=how_calibrated,
+                calibration=calibration,
                 replaced=replaced,
                 seed=seed,
                 device=place,
@@ -328,89 +159,53 @@ def command(
             model,
             loaded.preprocessing,
             batches(),
-            timesteps=timesteps,
-            calibration=calibration,
-            percentile=percentile,
-            weight_bits=weight_bits,
+            **asdict(method),
             retrain=retrain,
-            shortcut_normalization=shortcut_normalization,
-            compensation=compensation,
-            strict=strict,
-            held_out=() if train is None else _batches(train, loaded, held_out, silent),
+            held_out=() if images is None else _batches(images.train, loaded, held_out, silent),
             progress=progress,
-            neuron=neuron,
-            initial_membrane=initial_membrane,
-            schedule=schedule,
-            drain=parsed_drain,
             provenance={
                 "version": __version__,
                 "epochs": 0 if settings is None else settings.epochs,
-                "calibration": how_calibrated,
+                "calibration": calibration,
                 "replaced_activations": replaced,
             },
         )
         processes = distributed.size()
         progress("verify", 0, 1)
-        verification, agreement = check_equal(conversion, _sample(train, loaded, indices, seed))
+        verification, agreement = check_equal(conversion, _sample(images, loaded, seed))
         progress("verify", 1, 1)
-        if test is not None:
-            chosen = choose_indices(len(test), limit, seed)
-            described["ann"] = _measure_ann(
-                conversion, loaded.model, loaded, test, chosen, place, progress
+        accuracies: dict[str, Any] = {}
+        if images is not None:
+            accuracies = _measured(
+                conversion, loaded, model if replaced else None, images, seed, place, progress
             )
-            if replaced:
-                after = _measure_ann(conversion, model, loaded, test, chosen, place, progress)
-            if described["ann"] is not None:
-                described["ann"]["drawn"] = {"images": len(chosen), "seed": seed}
-            if retrain is not None:
-                accuracies = _measure_qann(conversion, test, chosen, place, progress)
-    spiking = with_settings(conversion.network, model=described)
     if not distributed.is_leader():
         return
-    evaluation_path = None
-    not_evaluated = ""
-    if evaluate and test is not None and described["ann"] is not None:
-        timetable = spiking.timetable()
-        evaluation_path = evaluation.default_path(path, spiking, timetable, "test", limit)
+    spiking = with_settings(
+        conversion.network, model=_described(loaded, images, accuracies.get("ann"))
+    )
+    evaluation_path, not_evaluated = None, ""
+    if evaluate and images is not None and spiking.logits is not None:
+        evaluation_path = evaluation.default_path(path, spiking, spiking.timetable(), "test", limit)
         not_evaluated = _reason_not_to_evaluate(
-            evaluation_path, test, processes, limit, seed, force
+            evaluation_path, images.test, processes, limit, seed, force
         )
         evaluation_path = None if not_evaluated else evaluation_path
     checkpoint.save_network(spiking, path, replace=force)
     contents = {
-        "schema": "snnconv.conversion/1",
-        "version": __version__,
+        **converted.contents(
+            conversion,
+            spiking,
+            verification,
+            agreement,
+            "random images" if images is None else "training images",
+            accuracies,
+        ),
         "source": source,
         "checkpoint": path.name,
-        "model": described,
-        **conversion.plan.to_dict(),
-        "timesteps": timesteps,
-        "schedule": schedule,
-        "drain": parsed_drain,
-        "neuron": neuron,
-        "initial_membrane": initial_membrane,
-        "weight_bits": weight_bits,
-        "data": None if train is None else train.name,
-        "calibration": how_calibrated,
-        "replaced_activations": {"count": replaced, "ann": after} if replaced else None,
-        "shortcut_normalization": shortcut_normalization,
-        "reconstruction": spiking.provenance["reconstruction"],
-        "compensation": spiking.provenance["compensation"],
+        "data": None if images is None else images.train.name,
         "retraining": files.described(spiking.provenance["retraining"]),
-        "qann": accuracies.get("qann"),
-        "qann_float": accuracies.get("qann_float"),
         "evaluation": None if evaluation_path is None else evaluation_path.name,
-        "preprocessing": loaded.preprocessing.to_dict(),
-        "neurons": spiking.neurons,
-        "depth": spiking.depth,
-        "verification": {
-            **verification.to_dict(),
-            "sample": "training images" if train is not None else "random images",
-            "float_qann": {
-                "counts_percent": agreement.counts_percent,
-                "argmax_percent": agreement.argmax_percent,
-            },
-        },
         "seed": seed,
         "device": place,
         "processes": processes,
@@ -423,19 +218,20 @@ def command(
     if as_json:
         console.emit_json(contents)
     else:
-        _print(contents, path, report_path)
-        if test is None:
+        converted.show(contents, path, report_path)
+        if images is None:
             console.note(
                 "no data given: nothing was measured, the accuracy is unknown; give --data", quiet
             )
     if not_evaluated:
         console.note(f"not evaluated: {not_evaluated}", quiet)
+    if images is None:
+        return
     if evaluation_path is not None:
         _evaluate(
             evaluation_path,
             spiking,
-            test,
-            chosen,
+            images,
             loaded.model,
             checkpoint=path.name,
             command=[
@@ -448,9 +244,268 @@ def command(
             as_json=as_json,
             quiet=quiet,
         )
-    for images_of in (train, test):
-        if images_of is not None:
-            options.note_unreadable(images_of.unreadable, quiet)
+    for part in (images.train, images.test):
+        options.note_unreadable(part.unreadable, quiet)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """The images of a conversion: which of the training split calibrate, which of the test count.
+
+    `calibrating` and `measured` are indices into the two splits.
+    """
+
+    train: ImageData
+    calibrating: np.ndarray
+    test: ImageData
+    measured: np.ndarray
+
+    @classmethod
+    def opened(
+        cls,
+        data: str,
+        loaded: LoadedModel,
+        method: Method,
+        calibration_images: int,
+        limit: int | None,
+        seed: int,
+        quiet: bool,
+    ) -> _Images:
+        """Open both splits, whose labels must be the network's."""
+        from snnconv.data import check_labels, choose_indices, open_data
+
+        # Data of one part are divided by what calibrates: `bn` needs none of them.
+        count = 0 if method.calibration == "bn" else calibration_images
+        train, test = (
+            open_data(data, split, calibration_images=count, seed=seed)
+            for split in ("train", "test")
+        )
+        for part in (train, test):
+            check_labels(part, loaded.num_classes, loaded.class_names)
+        if test.note:
+            console.note(test.note, quiet)
+        return cls(
+            train,
+            choose_indices(len(train), calibration_images, seed),
+            test,
+            choose_indices(len(test), limit, seed),
+        )
+
+
+def _possible(
+    settings: TrainSettings | None,
+    training: TrainOptions,
+    recipe: Recipe | None,
+    method: Method,
+    images: _Images | None,
+    quiet: bool,
+) -> TrainSettings | None:
+    """Return how to retrain, None for not at all, if images and method allow it.
+
+    Raises UsageError for options that only retraining heeds, where there is none, and for those
+    that go without it, where there is.
+    """
+    if images is None or (images.train.note and not training.epochs_asked(recipe)):
+        training.refuse_without_training(
+            "no data given: nothing to retrain on"
+            if images is None
+            else "the data have no training part, and are retrained on with --epochs only"
+        )
+        return None
+    if settings is None:
+        return None
+    if method.calibration == "reconstruct":
+        raise UsageError("--calibration reconstruct takes the place of training: give --epochs 0")
+    if not method.shortcut_normalization:
+        raise UsageError(
+            "--no-shortcut-normalization is for networks without training: give --epochs 0"
+        )
+    if method.compensation != "none":
+        raise UsageError(
+            f"--compensation {method.compensation} makes up for the lack of training: give "
+            "--epochs 0"
+        )
+    if images.train.note:
+        if method.calibration == "bn":
+            raise UsageError(
+                "--calibration bn leaves all images of data in one part to be measured: give "
+                "--epochs 0"
+            )
+        console.note("the images that calibrate retrain, and choose the epoch, too", quiet)
+    return settings
+
+
+def _without_training(method: Method, images: _Images, quiet: bool) -> Method:
+    """Return the method for a network that is not retrained: it is reconstructed, if it can be."""
+    from snnconv.reconstruction import FEWEST_IMAGES
+
+    if method.compensation != "none" or not method.shortcut_normalization:
+        return method
+    if len(images.calibrating) >= FEWEST_IMAGES:
+        return replace(method, calibration="reconstruct")
+    console.note(
+        f"{len(images.calibrating)} images are too few to fit weights to: only clips are chosen",
+        quiet,
+    )
+    return method
+
+
+def _calibration(method: Method, images: _Images | None, seed: int) -> dict[str, Any]:
+    """Describe what calibrates, and on which images, as plain JSON values."""
+    described: dict[str, Any] = {"method": method.calibration, "on": None}
+    if images is not None and method.calibration != "bn":
+        described["on"] = {
+            "data_sha256": images.train.sha256(images.calibrating),
+            "split": images.train.split,
+            "note": images.train.note,
+            "images": len(images.calibrating),
+            "seed": seed,
+        }
+    if method.calibration == "percentile":
+        described["percentile"] = method.percentile
+    return described
+
+
+def _held_out(method: Method, images: _Images | None, seed: int) -> np.ndarray:
+    """Return the indices of the training images that compensate, if any; none calibrates."""
+    import numpy as np
+
+    from snnconv.data import choose_indices
+
+    if method.compensation == "none":
+        return np.empty(0, int)
+    wanted = f"--compensation {method.compensation} needs images"
+    if images is None:
+        raise UsageError(f"{wanted}: give --data")
+    train = images.train
+    count = min(COMPENSATION_IMAGES, len(train) // 2)
+    found = np.setdiff1d(choose_indices(len(train), count, seed, others=True), images.calibrating)
+    if not len(found):
+        raise UsageError(
+            f"{wanted} that do not calibrate, and all {len(train)} do: "
+            + ("give data with a training part" if train.note else "lower --calibration-images")
+        )
+    return found
+
+
+def _batches(
+    data: ImageData, loaded: LoadedModel, indices: np.ndarray, progress: console.Progress
+) -> Iterator[torch.Tensor]:
+    """Yield the pixels of some images in batches, and tell how far calibration is."""
+    done = 0
+    for pixels, _ in data.batches(loaded.preprocessing, indices):
+        yield pixels
+        done += len(pixels)
+        progress("calibrate", done, len(indices))
+
+
+def _sample(images: _Images | None, loaded: LoadedModel, seed: int) -> torch.Tensor:
+    """Return the images to verify on: some of those that calibrate, else noise."""
+    import torch
+
+    if images is not None:
+        some = images.calibrating[:SAMPLE_IMAGES]
+        (pixels, _), *_ = images.train.batches(loaded.preprocessing, some, SAMPLE_IMAGES)
+        return pixels
+    generator = torch.Generator().manual_seed(seed)
+    shape = (SAMPLE_IMAGES, *loaded.preprocessing.input_size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _measured(
+    conversion: Conversion,
+    loaded: LoadedModel,
+    with_relu: torch.nn.Module | None,
+    images: _Images,
+    seed: int,
+    device: str,
+    progress: console.Progress,
+) -> dict[str, Any]:
+    """Return the accuracies of a classifier on the test images, by what was measured.
+
+    `ann` is the network as it came, `ann_with_relu` the one `with_relu` in place of other
+    activations. A retrained network is measured as it was trained, in float (`qann_float`), and in
+    integers (`qann`).
+    """
+    from snnconv.measure import top1_percents
+
+    network = conversion.network
+    if network.logits is None:
+        return {}
+    forwards = {"ann": _forward(loaded.model, loaded, device)}
+    if with_relu is not None:
+        forwards["ann_with_relu"] = _forward(with_relu, loaded, device)
+    if network.provenance["retraining"] is not None:
+        forwards |= _quantised_forwards(conversion, device)
+    found = top1_percents(
+        forwards,
+        images.test,
+        network.preprocessing,
+        images.measured,
+        device=device,
+        progress=progress,
+    )
+    on = {"split": images.test.split, "data_sha256": images.test.sha256(images.measured)}
+    drawn = {"drawn": {"images": len(images.measured), "seed": seed}}
+    found["ann"] |= {**on, **drawn}
+    if with_relu is not None:
+        found["ann_with_relu"] |= on
+    return found
+
+
+def _forward(
+    model: torch.nn.Module, loaded: LoadedModel, device: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from pixels to the logits of an ANN."""
+    model = model.to(device)
+    return lambda pixels: model(loaded.preprocessing.normalize(pixels))
+
+
+def _quantised_forwards(
+    conversion: Conversion, device: str
+) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return the functions from pixels to the logits of the QANN, in float and in integers."""
+    from snnconv.engine import prepare
+    from snnconv.engine.linear import exact_arithmetic
+    from snnconv.normalize import rounded_qann
+
+    network = conversion.network
+    (readout,) = network.readouts
+    runner = prepare(network, network.timesteps, device=device)
+    qann = rounded_qann(conversion.qann, network).to(device)
+
+    def in_float(pixels: torch.Tensor) -> torch.Tensor:
+        with exact_arithmetic():
+            outputs = qann(
+                network.preprocessing.center(pixels),
+                network.timesteps,
+                offset=network.rounding_offset,
+            )
+        return outputs[readout.name].flatten(1)
+
+    def in_integers(pixels: torch.Tensor) -> torch.Tensor:
+        return runner.endpoint(pixels).logits(network, readout.name).flatten(1)
+
+    return {"qann_float": in_float, "qann": in_integers}
+
+
+def _described(
+    loaded: LoadedModel, images: _Images | None, ann: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Describe the ANN a spiking network came from, and how accurate it is, if that is known."""
+    names = loaded.class_names
+    if names is None and images is not None:
+        own = images.train.class_names
+        names = own if own is not None and len(own) == loaded.num_classes else None
+    return {
+        "name": loaded.name,
+        "args": loaded.model_args,
+        "channels": loaded.channels,
+        "num_classes": loaded.num_classes,
+        "class_names": None if names is None else list(names),
+        "weights_sha256": loaded.weights_sha256,
+        "ann": ann,
+    }
 
 
 def _reason_not_to_evaluate(
@@ -469,8 +524,7 @@ def _reason_not_to_evaluate(
 def _evaluate(
     path: Path,
     network: SpikingNetwork,
-    test: ImageData | None,
-    chosen: Any,
+    images: _Images,
     model: torch.nn.Module,
     *,
     checkpoint: str,
@@ -484,8 +538,8 @@ def _evaluate(
     with console.progress(quiet) as progress:
         found = evaluation.evaluated(
             network,
-            test,
-            chosen,
+            images.test,
+            images.measured,
             network.timetable(),
             checkpoint=checkpoint,
             model=model,
@@ -498,249 +552,3 @@ def _evaluate(
     evaluation.write(path, found, page=True, command=command)
     if not as_json:
         evaluation.show(path, found, page=True, quiet=quiet)
-
-
-def _given(name: str) -> bool:
-    """Return whether the command line has an option, not a recipe or snnconv.toml."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is ParameterSource.COMMANDLINE
-
-
-def _open_splits(
-    data: str,
-    num_classes: int,
-    class_names: Sequence[str] | None,
-    calibration_images: int,
-    seed: int,
-    quiet: bool,
-) -> tuple[ImageData, ImageData]:
-    """Open the training and the test split, whose labels must be the network's."""
-    from snnconv.data import check_labels, open_data
-
-    train, test = (
-        open_data(data, split, calibration_images=calibration_images, seed=seed)
-        for split in ("train", "test")
-    )
-    for part in (train, test):
-        check_labels(part, num_classes, class_names)
-    if test.note:
-        console.note(test.note, quiet)
-    return train, test
-
-
-def _held_out(
-    train: ImageData | None, settings: Any, compensation: str, calibrated: Any, seed: int
-) -> Any:
-    """Return the indices of the training images that compensate, none of which calibrated."""
-    import numpy as np
-
-    from snnconv.data import choose_indices
-
-    if settings is not None:
-        raise UsageError(
-            f"--compensation {compensation} makes up for the lack of training: give --epochs 0"
-        )
-    if train is None:
-        raise UsageError(f"--compensation {compensation} needs images: give --data")
-    count = min(COMPENSATION_IMAGES, len(train) // 2)
-    found = np.setdiff1d(choose_indices(len(train), count, seed, others=True), calibrated)
-    if not len(found):
-        raise UsageError(
-            f"--compensation {compensation} needs images that do not calibrate, and all "
-            f"{len(train)} do: "
-            + ("give data with a training part" if train.note else "lower --calibration-images")
-        )
-    return found
-
-
-def _measure_ann(
-    conversion: Conversion,
-    model: torch.nn.Module,
-    loaded: LoadedModel,
-    test: ImageData,
-    chosen: Any,
-    place: str,
-    progress: console.Progress,
-) -> dict[str, Any] | None:
-    """Return the accuracy of an ANN, and on which images; None if it is no classifier."""
-    from snnconv.measure import top1_percents
-
-    if conversion.network.logits is None:
-        return None
-    model, preprocessing = model.to(place), loaded.preprocessing
-    measured = top1_percents(
-        {"ann": lambda pixels: model(preprocessing.normalize(pixels))},
-        test,
-        preprocessing,
-        chosen,
-        device=place,
-        progress=progress,
-    )
-    return {**measured["ann"], "split": test.split, "data_sha256": test.sha256(chosen)}
-
-
-def _measure_qann(
-    conversion: Conversion, test: ImageData, chosen: Any, place: str, progress: console.Progress
-) -> dict[str, Any]:
-    """Return the accuracies of a retrained network in float, as it was trained, and in integers."""
-    from snnconv.engine import prepare
-    from snnconv.engine.linear import exact_arithmetic
-    from snnconv.measure import top1_percents
-    from snnconv.normalize import rounded_qann
-
-    network = conversion.network
-    (readout,) = network.readouts
-    runner = prepare(network, network.timesteps, device=place)
-    qann = rounded_qann(conversion.qann, network).to(place)
-
-    def in_float(pixels: torch.Tensor) -> torch.Tensor:
-        with exact_arithmetic():
-            images = network.preprocessing.center(pixels)
-            return qann(images, network.timesteps, offset=network.rounding_offset)[
-                readout.name
-            ].flatten(1)
-
-    def in_integers(pixels: torch.Tensor) -> torch.Tensor:
-        return runner.endpoint(pixels).logits(network, readout.name).flatten(1)
-
-    forwards = {"qann_float": in_float, "qann": in_integers}
-    return top1_percents(
-        forwards, test, network.preprocessing, chosen, device=place, progress=progress
-    )
-
-
-def _batches(data: ImageData, loaded: LoadedModel, indices: Any, progress: console.Progress) -> Any:
-    done = 0
-    for pixels, _ in data.batches(loaded.preprocessing, indices):
-        yield pixels
-        done += len(pixels)
-        progress("calibrate", done, len(indices))
-
-
-def _sample(data: ImageData | None, loaded: LoadedModel, indices: Any, seed: int) -> torch.Tensor:
-    """Return the images to verify on: some of the calibration images, else noise."""
-    import torch
-
-    if data is not None:
-        (pixels, _), *_ = data.batches(loaded.preprocessing, indices[:SAMPLE_IMAGES], SAMPLE_IMAGES)
-        return pixels
-    generator = torch.Generator().manual_seed(seed)
-    shape = (SAMPLE_IMAGES, *loaded.preprocessing.input_size)
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-
-def _class_names(loaded: LoadedModel, data: ImageData | None) -> list[str] | None:
-    names = loaded.class_names
-    if names is None and data is not None and data.class_names is not None:
-        names = data.class_names if len(data.class_names) == loaded.num_classes else None
-    return None if names is None else list(names)
-
-
-def _reconstruction(described: dict[str, Any]) -> str:
-    layers = described["layers"]
-    judged = f"on {described['held_out_images']} images that taught nothing"
-    before, after = described["kl_before"], described["kl_after"]
-    outputs = "" if before is None else f", KL {before:.4f} to {after:.4f} from the ANN {judged}"
-    if not described["kept"]:
-        return f"nothing: it was no gain{outputs}"
-    changed = [sum(what in row["kept"] for row in layers) for what in ("weights", "gain", "clip")]
-    return (
-        f"of {len(layers)} layers the weights of {changed[0]}, gains of {changed[1]}, clips of "
-        f"{changed[2]}{outputs or ', judged ' + judged}"
-    )
-
-
-def _compensation(described: dict[str, Any]) -> str:
-    images = f"on {described['images']} training images that calibrated nothing"
-    if described["kind"] == "bias":
-        return f"a bias per channel, {images}"
-    return (
-        f"gain {described['gain']:.2f}, {images}: KL {described['kl']:.3f} from the ANN, "
-        f"{described['kl_without']:.3f} without"
-    )
-
-
-def _helped(retraining: dict[str, Any]) -> str:
-    """Name what a retraining had beside the network itself."""
-    teacher, start = retraining["teacher"], retraining["started_from"]
-    return (f", taught by {teacher['name']}" if teacher else "") + (
-        f", started from {start['name']}" if start else ""
-    )
-
-
-def _print(contents: dict[str, Any], path: Path, report_path: Path) -> None:
-    model, checked, trained = contents["model"], contents["verification"], contents["retraining"]
-    calibration = contents["calibration"]
-    images = calibration["on"]
-    source = (
-        "BatchNorm statistics, no data"
-        if images is None
-        else f"{images['images']} {images['split']} images of {contents['data']}, "
-        f"seed {images['seed']}" + (f" ({images['note']})" if images["note"] else "")
-    )
-    clips = [calibration[key] for key in ("method", "percentile") if key in calibration]
-    share = contents["mac_share_percent"]
-    rows = [
-        ("network", f"{model['name']}, {contents['neurons']:,} neurons, depth {contents['depth']}"),
-        (
-            "spiking",
-            f"{share['spiking']:g} % of multiply-accumulates, {share['analog']:g} % analog"
-            + console.tallied([n["operation"] for n in contents["nodes"] if n["role"] == "analog"]),
-        ),
-        (
-            "settings",
-            f"T {contents['timesteps']}, {contents['schedule']}, {contents['neuron']}, "
-            f"{contents['weight_bits']}-bit weights" + ("" if trained else ", no retraining"),
-        ),
-        ("input", describe_input(contents["preprocessing"], model["channels"])),
-        ("clips", f"{' '.join(map(str, clips))}, from {source}"),
-    ]
-    if contents["reconstruction"] is not None:
-        rows.append(("reconstructed", _reconstruction(contents["reconstruction"])))
-    if (exchanged := contents["replaced_activations"]) is not None:
-        rows += options.replaced_row(exchanged["count"])
-    if model["ann"] is not None:
-        ann = model["ann"]
-        rows.append(("ANN", f"{ann['top1_percent']:.2f} % top-1 of {ann['images']} test images"))
-        if exchanged is not None:
-            rows.append(("ANN with ReLU", f"{exchanged['ann']['top1_percent']:.2f} % top-1"))
-    if trained is not None:
-        how = trained["settings"]
-        rows.insert(
-            -1 if model["ann"] else len(rows),
-            (
-                "retrained",
-                f"{how['epochs']} epochs on {trained['images']} images{_helped(trained)}, epoch "
-                f"{trained['chosen_epoch']} chosen by KL {trained['held_out_kl']:.4f} on "
-                f"{trained['held_out_images']} more",
-            ),
-        )
-        rows.append(
-            (
-                "QANN",
-                f"{contents['qann']['top1_percent']:.2f} % top-1, in float "
-                f"{contents['qann_float']['top1_percent']:.2f} %",
-            )
-        )
-    before = ""
-    if not contents["shortcut_normalization"]:
-        before = " with normalised shortcuts"
-        rows.append(("shortcuts", "not normalised"))
-    if contents["compensation"]["kind"] != "none":
-        before += " before compensation"
-        rows.append(("compensation", _compensation(contents["compensation"])))
-    rows += [
-        (
-            "verified",
-            f"equal to its quantised ANN{before}: {checked['sites']} layers and maps, "
-            f"{checked['integers']:,} integers, on {checked['images']} {checked['sample']}",
-        ),
-        (
-            "float QANN",
-            f"{checked['float_qann']['counts_percent']:.1f} % of counts and "
-            f"{checked['float_qann']['argmax_percent']:.1f} % of arg-maxes agree",
-        ),
-        ("checkpoint", str(path)),
-        ("report", str(report_path)),
-    ]
-    console.print_table(None, ["", "converted"], rows)

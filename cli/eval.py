@@ -9,11 +9,11 @@ import click
 from click.core import ParameterSource
 
 from snnconv.errors import UsageError
+from snnconv.schedule import SCHEDULES
 
 from . import console, evaluation, options
 from .ann import load_ann
 from .baselines import compare
-from .convert import parse_drain
 
 
 @options.command(
@@ -34,7 +34,7 @@ from .convert import parse_drain
 @click.option("-T", "--timesteps", type=options.TIMESTEPS, help="T.  [default: the checkpoint's]")
 @click.option(
     "--schedule",
-    type=click.Choice(["paper", "drain", "stagger", "wait"]),
+    type=click.Choice(SCHEDULES),
     help="When layers start and stop.  [default: the checkpoint's]",
 )
 @click.option(
@@ -150,7 +150,7 @@ def command(
     if schedule is not None:
         changes["name"] = schedule
     if drain is not None:
-        changes["drain"] = parse_drain(drain)
+        changes["drain"] = options.parse_drain(drain)
     if stagger is not None:
         changes["stagger"] = stagger
     path, named = options.spiking_checkpoint(checkpoint, quiet)

@@ -240,6 +240,15 @@ def replaced_row(replaced: dict[str, int]) -> list[tuple[str, str]]:
     return [("now ReLU", ", ".join(f"{count} {name}" for name, count in replaced.items()))]
 
 
+def parse_drain(text: str) -> int | None:
+    """Turn --drain into a number of steps, or None for auto."""
+    if text == "auto":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f"--drain must be 'auto' or a number of steps, not {text!r}")
+    return int(text)
+
+
 def require_data(data: str | None) -> str:
     """Return the data given in whatever way; without any, raise UsageError with the three ways."""
     if data is None:

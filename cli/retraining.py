@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from snnconv.errors import UsageError
 from snnconv.files import SUFFIX
+from snnconv.limits import DEFAULT_PERCENTILE
 
 from . import console
 from .options import require_free
@@ -198,7 +199,6 @@ def retrainer(
     `replaced` are the activations that have become ReLU.
     """
     from snnconv import __version__
-    from snnconv.calibrate import DEFAULT_PERCENTILE
     from snnconv.checkpoint import load_network, sha256
     from snnconv.data import choose_indices
     from snnconv.load import load_model

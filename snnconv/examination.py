@@ -18,6 +18,7 @@ from snnconv.engine.counts import BLOCK_STEPS
 from snnconv.errors import NotConvertibleError
 from snnconv.folding import fold
 from snnconv.graph import on_meta, trace
+from snnconv.limits import DEFAULT_TIMESTEPS
 from snnconv.network import count_dtype
 from snnconv.pipeline import check_fold
 from snnconv.plan import ConversionPlan, Island, Neurons, Output, Source, inputs_of, make_plan
@@ -125,7 +126,7 @@ def examine(
     model: nn.Module,
     input_size: tuple[int, int, int],
     *,
-    timesteps: int = 7,
+    timesteps: int = DEFAULT_TIMESTEPS,
     strict: bool = False,
 ) -> Examination:
     """Plan the conversion of a model for images of `input_size` `(C, H, W)`.

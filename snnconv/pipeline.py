@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snnconv.calibrate import DEFAULT_PERCENTILE, calibrate_
+from snnconv.calibrate import calibrate_
 from snnconv.compensation import compensate
 from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import Traced, differing_output, trace
+from snnconv.limits import DEFAULT_PERCENTILE, DEFAULT_TIMESTEPS, DEFAULT_WEIGHT_BITS
 from snnconv.network import Island, SpikingNetwork
 from snnconv.neuron import rounding_offset
 from snnconv.normalize import integerize, without_shortcut_normalization
@@ -60,10 +61,10 @@ def convert(
     images: Iterable[Tensor] | None = None,
     /,
     *,
-    timesteps: int = 7,
+    timesteps: int = DEFAULT_TIMESTEPS,
     calibration: str = "mse",
     percentile: float = DEFAULT_PERCENTILE,
-    weight_bits: int = 8,
+    weight_bits: int = DEFAULT_WEIGHT_BITS,
     retrain: Retrain | None = None,
     shortcut_normalization: bool = True,
     compensation: str = "none",

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from snnconv.calibrate import DEFAULT_PERCENTILE, calibrate_
+from snnconv.calibrate import calibrate_
 from snnconv.data import ImageData
 from snnconv.errors import UsageError
 from snnconv.graph import Traced
+from snnconv.limits import DEFAULT_PERCENTILE, DEFAULT_WEIGHT_BITS
 from snnconv.network import SpikingNetwork
 from snnconv.neuron import rounding_offset
 from snnconv.plan import ConversionPlan
@@ -42,7 +43,7 @@ def retrain(
     data: ImageData,
     preprocessing: Preprocessing,
     timesteps: int,
-    weight_bits: int = 8,
+    weight_bits: int = DEFAULT_WEIGHT_BITS,
     initial_membrane: str = "half",
     settings: TrainSettings | None = None,
     calibration: str = "mse",
