@@ -86,7 +86,7 @@ def measure_forwards(
     device: str,
     progress: console.Progress,
 ) -> dict[str, Any]:
-    """Measure what `load_forwards` gave on the same images."""
+    """Measure what `forwards_of` gave on the same images."""
     from snnconv.measure import top1_percents
 
     measured = top1_percents(

@@ -95,9 +95,7 @@ def compare(
         "device": place,
     }
     if distributed.is_leader():
-        # The newest checkpoint of today may not be that of tomorrow.
-        command = [*console.arguments(), *([] if checkpoints else [str(found[0][0])])]
-        report.write(path, contents, command)
+        report.write(path, contents, options.arguments(None if checkpoints else found[0][0]))
     if as_json:
         console.emit_json(contents)
         return

@@ -188,7 +188,7 @@ def command(
     if evaluate and images is not None and spiking.logits is not None:
         evaluation_path = evaluation.default_path(path, spiking, spiking.timetable(), "test", limit)
         not_evaluated = _reason_not_to_evaluate(
-            evaluation_path, images.test, processes, limit, seed, force
+            evaluation_path, images, processes, limit, seed, force
         )
         evaluation_path = None if not_evaluated else evaluation_path
     checkpoint.save_network(spiking, path, replace=force)
@@ -212,7 +212,7 @@ def command(
         "threads": torch.get_num_threads(),
         "seconds": time.perf_counter() - start,
     }
-    report.write(report_path, contents, console.arguments())
+    report.write(report_path, contents, options.arguments())
     if settings is not None:
         files.state.unlink(missing_ok=True)
     if as_json:
@@ -403,10 +403,10 @@ def _sample(images: _Images | None, loaded: LoadedModel, seed: int) -> torch.Ten
     """Return the images to verify on: some of those that calibrate, else noise."""
     import torch
 
+    from snnconv.measure import spread_images
+
     if images is not None:
-        some = images.calibrating[:SAMPLE_IMAGES]
-        (pixels, _), *_ = images.train.batches(loaded.preprocessing, some, SAMPLE_IMAGES)
-        return pixels
+        return spread_images(images.train, loaded.preprocessing, images.calibrating, SAMPLE_IMAGES)
     generator = torch.Generator().manual_seed(seed)
     shape = (SAMPLE_IMAGES, *loaded.preprocessing.input_size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -509,13 +509,22 @@ def _described(
 
 
 def _reason_not_to_evaluate(
-    path: Path, test: ImageData, processes: int, limit: int | None, seed: int, force: bool
+    path: Path, images: _Images, processes: int, limit: int | None, seed: int, force: bool
 ) -> str:
     """Say why the evaluation at `path` must wait, an empty text if it need not."""
     if processes > 1:
         return "several processes have converted; run snnconv eval"
     try:
-        evaluation.require_writable(path, test, seed, limit, page=True, named=False, force=force)
+        evaluation.require_writable(
+            path,
+            images.test,
+            images.measured,
+            seed,
+            limit,
+            page=True,
+            named=False,
+            force=force,
+        )
     except UsageError as error:
         return error.message
     return ""

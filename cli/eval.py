@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -12,8 +12,14 @@ from snnconv.errors import UsageError
 from snnconv.schedule import SCHEDULES
 
 from . import console, evaluation, options
-from .ann import load_ann
+from .ann import load_ann, stored_ann
 from .baselines import compare
+
+if TYPE_CHECKING:
+    from snnconv.data import ImageData
+    from snnconv.network import SpikingNetwork
+
+GATE_MISSED = 4
 
 
 @options.command(
@@ -71,6 +77,13 @@ from .baselines import compare
     "checkpoints, the exact schedules.",
 )
 @click.option(
+    "--max-drop",
+    type=click.FloatRange(0, 100),
+    metavar="POINTS",
+    help="End with exit code 4 if the top-1 accuracy is more percentage points below the ANN's; "
+    "the report is written all the same.",
+)
+@click.option(
     "--statistics/--no-statistics",
     default=True,
     show_default=True,
@@ -108,6 +121,7 @@ def command(
     initial_membrane: str | None,
     ann: str | None,
     baselines: bool,
+    max_drop: float | None,
     statistics: bool,
     page: bool,
     engine: str,
@@ -119,7 +133,7 @@ def command(
     as_json: bool,
     verbose: bool,
     quiet: bool,
-) -> None:
+) -> int:
     """Simulate a spiking checkpoint, by default the newest here, and report what it does.
 
     Shows the accuracy at every step, the agreement with the quantised ANN, spikes and latency, and
@@ -142,7 +156,7 @@ def command(
             as_json=as_json,
             quiet=quiet,
         )
-        return
+        return 0
     if len(checkpoints) > 1:
         raise UsageError("several checkpoints are compared with --baselines; else name one")
     checkpoint = checkpoints[0] if checkpoints else None
@@ -175,6 +189,9 @@ def command(
         )
     place = options.resolve_device(device)
     images = options.open_for(network, where, split, quiet)
+    indices = choose_indices(len(images), limit, seed)
+    if max_drop is not None and ann is None:
+        _require_stored_ann(network, images, len(indices))
     simulated = engine != "endpoint"
     report_path = output or evaluation.default_path(
         named, network, timetable, split, limit, simulated=simulated
@@ -182,13 +199,13 @@ def command(
     evaluation.require_writable(
         report_path,
         images,
+        indices,
         seed,
         limit,
         page=page,
         named=output is not None,
         force=force,
     )
-    indices = choose_indices(len(images), limit, seed)
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
         found = evaluation.evaluated(
             network,
@@ -204,20 +221,44 @@ def command(
             progress=progress,
         )
     if distributed.is_leader():
-        # The newest checkpoint of today may not be that of tomorrow.
-        command = [*console.arguments(), *([] if checkpoints else [str(path)])]
+        command = options.arguments(None if checkpoints else path)
         evaluation.write(report_path, found, page=page, command=command)
     if as_json:
         console.emit_json(found)
-        return
-    evaluation.show(report_path, found, page=page, quiet=quiet)
-    options.note_unreadable(images.unreadable, quiet)
+    else:
+        evaluation.show(report_path, found, page=page, quiet=quiet)
+        options.note_unreadable(images.unreadable, quiet)
+    return 0 if max_drop is None else _gate(found, max_drop)
+
+
+def _require_stored_ann(network: SpikingNetwork, images: ImageData, measured: int) -> None:
+    """Raise UsageError unless the checkpoint says how accurate its ANN is on these images."""
+    stored = stored_ann(network, images)
+    if stored is None or stored["images"] != measured:
+        raise UsageError(
+            "--max-drop needs the ANN's accuracy on these images, and the checkpoint does not have "
+            "it: give --ann"
+        )
+
+
+def _gate(found: dict[str, Any], max_drop: float) -> int:
+    """Return the exit code of an evaluation that must not lose more than so many points."""
+    ann, snn = (found[name]["top1_percent"] for name in ("ann", "snn"))
+    # Percents of thousands of images, not exact in binary.
+    if ann - snn <= max_drop + 1e-9:
+        return 0
+    console.note(
+        f"the spiking network's {snn:.2f} % is {ann - snn:.2f} points less than the ANN's "
+        f"{ann:.2f} %; --max-drop allows {max_drop:g}"
+    )
+    return GATE_MISSED
 
 
 def _refuse_with_baselines() -> None:
     """Raise UsageError for options that say how to run a network: --baselines takes all ways."""
     context = click.get_current_context()
     names = ["schedule", "drain", "stagger", "neuron", "initial_membrane", "engine", "statistics"]
+    names += ["max_drop"]
     names += ["page"] if context.params["page"] else []  # there is none
     useless = [
         f"--{name.replace('_', '-')}"

@@ -9,7 +9,7 @@ from typing import Any
 from snnconv.errors import SnnconvError, first_line
 from snnconv.files import require_named
 
-from . import console
+from . import console, options
 from .ann import diagnosed, forwards_of, measure_forwards, stored_ann
 
 SHOWN_STEPS = 12
@@ -87,6 +87,7 @@ def default_path(
 def require_writable(
     path: Path,
     images: Any,
+    indices: Any,
     seed: int,
     limit: int | None,
     *,
@@ -104,6 +105,8 @@ def require_writable(
     drawn = {"seed": seed} if limit else {}
     own = {"schema": "snnconv.evaluation/1", "data": images.name, **drawn}
     require_named(path, ".json", "a report")
+    if path.is_file() and not named:  # else there is nothing to tell apart
+        own["data_sha256"] = images.sha256(indices)
     report.require_writable(path, force, None if named else own)
     if page:
         beside = path.with_suffix(".html")
@@ -117,7 +120,7 @@ def write(
     from snnconv import report
     from snnconv.report import comparison, html, reading
 
-    report.write(path, evaluation, command or console.arguments())
+    report.write(path, evaluation, command or options.arguments())
     beside = path.with_suffix(".html")
     if page:
         document = comparison.document([reading.read(path)])

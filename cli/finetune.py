@@ -195,7 +195,7 @@ def command(
         "device": place,
         "seconds": time.perf_counter() - start,
     }
-    report.write(report_path, contents, console.arguments())
+    report.write(report_path, contents, options.arguments(None if checkpoint else path))
     state.unlink(missing_ok=True)
     if as_json:
         console.emit_json(contents)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from snnconv.errors import UsageError, refuse_unknown, suggestion
@@ -203,6 +204,37 @@ def default_map(settings: dict[str, Any], command: click.Command) -> dict[str, A
     if "data" in values and (not isinstance(values["data"], str) or not values["data"]):
         raise UsageError(f'`data` in {SETTINGS_FILE} must be a text like data = "DIR"')
     return {str(named[k].name): v for k, v in values.items()}
+
+
+def arguments(checkpoint: Path | None = None) -> list[str]:
+    """Return the command line, with what came from elsewhere spelled out.
+
+    That are the environment, snnconv.toml and, as the `checkpoint`, the newest one there was: all
+    may be others when a report's command is run again.
+    """
+    context = click.get_current_context()
+    given = console.arguments()
+    tables = (context.parent and context.parent.default_map) or {}
+    from_file = tables.get(str(context.info_name), {})
+    added: list[str] = []
+    for option in context.command.params:
+        name = str(option.name)
+        source = context.get_parameter_source(name)
+        if source is ParameterSource.ENVIRONMENT:
+            added += _spelled(option, option.resolve_envvar_value(context))
+        elif source is ParameterSource.DEFAULT_MAP and name in from_file:
+            added += _spelled(option, from_file[name])
+    return [*given[:1], *added, *given[1:], *([] if checkpoint is None else [str(checkpoint)])]
+
+
+def _spelled(option: click.Parameter, value: Any) -> list[str]:
+    """Return a value as the command line takes it."""
+    if isinstance(value, bool):
+        names = option.opts if value else option.secondary_opts
+        return [n for n in names if n.startswith("--")][:1]
+    name = next(n for n in option.opts if n.startswith("--"))
+    values = value if isinstance(value, list) else [value]
+    return [part for v in values for part in (name, str(v))]
 
 
 def check_settings(settings: dict[str, Any], commands: Iterable[str]) -> None:

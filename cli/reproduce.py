@@ -133,7 +133,7 @@ def _run(arguments: list[str], where: Path, report: Path, quiet: bool) -> None:
     finally:
         process.kill()
         process.wait()
-    # A missed accuracy gate is no obstacle: the report is there.
+    # A missed --max-drop is no obstacle: the report is there.
     if not report.is_file():
         reason = said[0].removeprefix("error: ") if said else f"it ended with exit code {code}"
         failed = SnnconvError(

@@ -109,7 +109,9 @@ def diagnose(
             *_, settled, spiking = stages.values()
             alone.add(TIME, spiking, settled)
         progress("diagnose", min(start + size, len(pixels)), len(pixels))
-    restored = chain.restored(pixels[:MOST_RESTORED], progress) if chain.layers else None
+    # Spread over all of them, as they are over the data set: it may be sorted by class.
+    some = pixels[:: -(-len(pixels) // MOST_RESTORED)]
+    restored = chain.restored(some, progress) if chain.layers else None
     paths = {p.name: p.path for p in network.populations}
     layers = [_row(paths[name], name, sums, alone) for name in sums.squares]
     output = {
@@ -124,7 +126,7 @@ def diagnose(
         "output": output,
         "restored": restored
         and {
-            "images": len(pixels[:MOST_RESTORED]),
+            "images": len(some),
             "kl": restored.pop(""),
             "layers": [{"layer": paths[name], "kl": kl} for name, kl in restored.items()],
         },

@@ -103,7 +103,12 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
             model(example.clone())
     for hook in hooks:
         hook.remove()
-    for path, module in list(model.named_modules()):
+    # A module with several names stays one.
+    replacements: dict[nn.Module, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            model.set_submodule(path, replacements[module])
+            continue
         if type(module) in (BatchNormAct2d, FrozenBatchNormAct2d):
             parts = _batch_norm_parts(module)
         elif type(module) in (StdConv2dSame, ScaledStdConv2dSame):
@@ -114,10 +119,10 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
             parts = OrderedDict(linear=_plain_linear(module))
         else:
             continue
-        replacement = nn.Sequential(parts).train(module.training)
+        replacements[module] = nn.Sequential(parts).train(module.training)
         if not path:
-            return replacement
-        model.set_submodule(path, replacement)
+            return replacements[module]
+        model.set_submodule(path, replacements[module])
     return model
 
 

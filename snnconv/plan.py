@@ -417,10 +417,14 @@ class _Planner:
     def carries_images(self, counts: _Counts) -> bool:
         """Return whether counts are pixels, or maps of them, which have a value at zero counts."""
         nodes = {n.name: n for n in self.nodes}
-        node = nodes[counts.node]
-        while isinstance(node, Relay):
-            node = nodes[node.inputs[0]]
-        return isinstance(node, Source)
+
+        def carries(name: str) -> bool:
+            node = nodes[name]
+            if isinstance(node, Relay):
+                return any(carries(source) for source in node.inputs)
+            return isinstance(node, Source)
+
+        return carries(counts.node)
 
     def analog(self, node: fx.Node, operation: Operation) -> _Value:
         why = "an analog function follows a current: T signed levels"

@@ -7,6 +7,7 @@ A network sees every image as 8-bit pixels `[N, C, H, W]`. The ANN normalises th
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,11 @@ class Preprocessing:
                 f"preprocessing: {len(self.mean)} means and {len(self.std)} standard deviations "
                 f"for {channels} input channels; give one of each per channel"
             )
-        if any(s <= 0 for s in self.std):
+        if not all(0 <= m <= 1 for m in self.mean):
+            raise UsageError(
+                f"preprocessing: means must be from 0 to 1, as pixels are, not {self.mean}"
+            )
+        if not all(0 < s < math.inf for s in self.std):
             raise UsageError(f"preprocessing: standard deviations must be positive, not {self.std}")
 
     @property

@@ -318,6 +318,80 @@ def test_one_part_of_data_is_measured_where_it_did_not_calibrate(
     assert found["images"] == 30 and found["ann"] is None
 
 
+def test_one_unreadable_image_among_those_that_calibrate_is_left_out(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 12), ("test", 2)):
+        for label in range(10):
+            folder = own_folder / "images" / split / str(label)
+            folder.mkdir(parents=True)
+            for k in range(count):
+                image = generator.integers(0, 256, (8, 8), dtype=np.uint8)
+                Image.fromarray(image).save(folder / f"{k}.png")
+    (own_folder / "images/train/0/0.png").write_bytes(b"junk")
+    options = ["--data", "images", "--epochs", "0", "--calibration", "mse", "--no-evaluate"]
+    assert run(["convert", "zoo:digits", *options]) == 0
+    assert "0.png" in capsys.readouterr().err
+
+
+def test_a_gate_is_missed_after_the_report(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    assert convert("-T", "1", "--calibration", "bn", "--no-evaluate") == 0
+    capsys.readouterr()
+    report = Path("gate.json")
+    base = ["eval", "--data", "zoo:digits", "--limit", "40", "-q", "--json", "-o", str(report)]
+    assert run([*base, "--max-drop", "100"]) == 0
+    found = output(capsys)
+    lost = found["ann"]["top1_percent"] - found["snn"]["top1_percent"]
+    assert lost > 10
+    report.unlink()
+    assert run([*base, "--max-drop", f"{lost}"]) == 0
+    assert output(capsys)["snn"] == found["snn"]
+    report.unlink()
+    assert run([*base, "--max-drop", f"{lost - 0.1}"]) == 4
+    out, err = capsys.readouterr()
+    assert json.loads(out)["snn"] == found["snn"] and report.is_file()
+    assert f"{lost:.2f} points less" in err
+    others = ["eval", "--data", "zoo:digits", "--limit", "9", "-q", "--max-drop", "1"]
+    assert run(others) == 2
+    assert "--ann" in capsys.readouterr().err
+    assert run([*others, "--ann", "zoo:digits"]) in (0, 4)
+
+
+def test_data_named_elsewhere_are_spelled_out_in_the_report(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert("--no-evaluate") == 0
+    monkeypatch.setenv("SNNCONV_DATA", "zoo:digits")
+    Path("snnconv.toml").write_text("seed = 3\n[eval]\nlimit = 9\npage = false\n")
+    assert run(["eval", "-T", "3", "-q"]) == 0
+    (report,) = own_folder.glob("*.eval.json")
+    command = json.loads(report.read_text(encoding="utf-8"))["command"].split()
+    assert command[:2] == ["snnconv", "eval"] and command[-1] == "digits.snn.safetensors"
+    for words in ("--data zoo:digits", "--seed 3", "--limit 9", "--no-page", "-T 3"):
+        assert f" {words} " in " ".join(command)
+    monkeypatch.delenv("SNNCONV_DATA")
+    Path("snnconv.toml").unlink()
+    assert run(["reproduce", str(report)]) == 0
+
+
+def test_an_evaluation_of_other_data_of_the_same_name_is_kept(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    assert convert("--no-evaluate") == 0
+    generator = np.random.default_rng(0)
+    for folder in ("one", "two"):
+        (own_folder / folder).mkdir()
+        images = generator.integers(0, 256, (9, 8, 8), dtype=np.uint8)
+        np.savez(own_folder / folder / "all.npz", images=images, labels=np.arange(9))
+    assert run(["eval", "--data", "one/all.npz", "-q"]) == 0
+    assert run(["eval", "--data", "one/all.npz", "-q"]) == 0
+    assert run(["eval", "--data", "two/all.npz", "-q"]) == 2
+    assert "--force" in capsys.readouterr().err
+
+
 def test_a_network_that_cannot_spike_is_refused_with_all_reasons(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:

@@ -139,6 +139,12 @@ def write(path: Path, **fields: np.ndarray) -> str:
     return str(path)
 
 
+def test_arrays_may_name_their_classes(tmp_path: Path) -> None:
+    names = np.array(["ape", "bee", "cat"])
+    path = write(tmp_path / "a.npz", images=pixels(3), labels=np.arange(3), class_names=names)
+    assert open_data(path, "test").class_names == ("ape", "bee", "cat")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -18,6 +18,7 @@ from snnconv.diagnosis import (
     LEVELS,
     OTHER_WEIGHTS,
     TIME,
+    _Chain,
     diagnose,
     images_at_once,
     mend,
@@ -29,6 +30,7 @@ from snnconv.network import SpikingNetwork
 from snnconv.normalize import integerize, network_qann
 from snnconv.pipeline import convert, float_qann
 from snnconv.plan import make_plan
+from snnconv.progress import Progress
 from snnconv.schedule import Schedule
 
 CLASSIFIERS = sorted(set(NETWORKS) - {"two_outputs"})
@@ -166,6 +168,24 @@ def test_a_layer_that_is_silent_in_the_ann_has_absolute_errors() -> None:
     for row in diagnosis["layers"]:
         assert all(math.isfinite(v) for v in row["cumulative"].values())
     json.dumps(diagnosis, allow_nan=False)
+
+
+def test_layers_are_restored_on_images_from_all_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    restored = _Chain.restored
+
+    def watched(chain: _Chain, pixels: torch.Tensor, progress: Progress) -> dict[str, float]:
+        seen.append(pixels)
+        return restored(chain, pixels, progress)
+
+    monkeypatch.setattr("snnconv.diagnosis.MOST_RESTORED", 3)
+    monkeypatch.setattr(_Chain, "restored", watched)
+    network = converted("residual").network
+    pixels = images(8)
+    engine = prepare(network, network.timesteps)
+    told = diagnose(network, engine, pixels, network.timetable(name="paper"), build("residual"))
+    assert torch.equal(seen[0], pixels[[0, 3, 6]])
+    assert told["restored"]["images"] == 3
 
 
 def test_large_networks_are_diagnosed_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:

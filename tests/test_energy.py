@@ -122,11 +122,14 @@ def counted_one_by_one(
             arrived[node.name] = np.zeros(node.shape, dtype=int)
         elif isinstance(node, Relay) and node.op == "max_pool":
             arrived[node.name] = events[node.name].numpy()
-            size, stride, before = (node.attributes[k] for k in ("kernel", "stride", "padding"))
+            size, stride, before, apart = (
+                node.attributes[k] for k in ("kernel", "stride", "padding", "dilation")
+            )
             x = arrived[node.inputs[0]]
             for c, i, j in np.ndindex(*node.shape):
                 for ky, kx in np.ndindex(*size):
-                    row, column = i * stride[0] - before[2] + ky, j * stride[1] - before[0] + kx
+                    row = i * stride[0] - before[2] + ky * apart[0]
+                    column = j * stride[1] - before[0] + kx * apart[1]
                     if 0 <= row < x.shape[1] and 0 <= column < x.shape[2]:
                         pooling += int(x[c, row, column])
         elif isinstance(node, Relay):
@@ -187,6 +190,21 @@ def test_operations_are_those_counted_one_by_one(name: str) -> None:
 def test_operations_under_other_schedules(schedule: str) -> None:
     network = converted("preactivation").network
     assert agree(network, network.timetable(name=schedule))
+
+
+def test_operations_of_a_dilated_max_pool() -> None:
+    class Dilated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = conv_bn(3, 4), nn.Linear(100, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.max_pool2d(F.relu(self.conv(x)), 3, 2, 1, dilation=2)
+            return self.head(x.flatten(1))
+
+    torch.manual_seed(0)
+    network = convert(Dilated().eval(), PREPROCESSING, [images(8)], timesteps=3).network
+    assert agree(network, network.timetable())
 
 
 @pytest.mark.parametrize("mistake", ["padding", "stride", "groups", "dilation"])

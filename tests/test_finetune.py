@@ -191,6 +191,14 @@ def test_what_does_harm_is_taken_back() -> None:
     assert agreement["kl"] == (last.kl_after if last.accepted else last.kl_before)
 
 
+def test_a_batch_is_of_images_from_all_over() -> None:
+    tuning = layerwise(converted("residual").network)
+    parts = tuning.learning.parts
+    assert np.array_equal(np.sort(np.concatenate(parts)), tuning.taught)
+    spread = [np.ptp(part) for part in parts]
+    assert min(spread) > len(tuning.taught) / 2  # as drawn they would be 16 neighbours
+
+
 def test_images_are_augmented_as_in_retraining_but_not_alike() -> None:
     network = converted("residual").network
     indices, plain = np.arange(20), images(20, 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from snnconv.errors import CheckpointError, SnnconvError, UsageError
 from snnconv.load import hash_weights, load_model
+from snnconv.preprocess import Preprocessing
 from snnconv.recipe import read_recipe
 
 ARCH = "test_resnet"
@@ -214,6 +216,14 @@ def test_one_mean_holds_for_every_channel(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[preprocessing]\nmean = 128\nstd = [64]\nscale = 256\n")
     found = load_model(ARCH, pretrained=False, recipe=read_recipe(str(tmp_path / "a.toml")))
     assert found.preprocessing.mean == (0.5,) * 3 and found.preprocessing.std == (0.25,) * 3
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(-0.1, 1), (1.2, 1), (math.nan, 1), (0, 0), (0, math.nan), (0, math.inf)]
+)
+def test_pixels_have_no_such_mean_or_deviation(mean: float, std: float) -> None:
+    with pytest.raises(UsageError, match=r"means|deviations"):
+        Preprocessing((1, 8, 8), (mean,), (std,))
 
 
 def test_a_timm_name_can_be_built_without_fetching() -> None:

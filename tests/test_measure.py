@@ -27,6 +27,7 @@ from snnconv.measure import (
     COURSE,
     EVERY,
     METHODS,
+    _squares,
     compare,
     evaluate,
     first_within,
@@ -348,6 +349,11 @@ def test_sequential_errors_do_not_depend_on_batches(monkeypatch: pytest.MonkeyPa
         found = evaluate(network, plain, np.arange(COUNT), timetable, statistics=True)
         errors.append([row["sequential_error"] for row in found["layers"]])
     assert errors[0] == errors[1] and any(errors[0])
+
+
+@pytest.mark.parametrize("value", [1, 15, 16, 127, -16, -128])
+def test_squares_of_bytes_are_summed(value: int) -> None:
+    assert _squares(np.full((3, 5), value, dtype=np.int8)) == 15 * value**2
 
 
 def test_a_network_without_neurons_is_evaluated() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from networks import PREPROCESSING, TwoOutputs, build
-from timm.layers import CondConv2d
+from timm.layers import BatchNormAct2d, CondConv2d
 from torch import Tensor, nn
 
 from snnconv.errors import NotConvertibleError
@@ -81,6 +82,25 @@ def test_a_module_called_twice_is_two_populations() -> None:
     neurons = [n for n in plan.nodes if isinstance(n, Neurons)]
     assert len(neurons) == 2
     assert sorted(n.name for n in plan.nodes if isinstance(n, Output)) == ["label", "mask"]
+
+
+def test_a_batch_norm_with_two_names_is_one() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.first, self.conv = (
+                nn.Conv2d(3, 4, 1),
+                BatchNormAct2d(4),
+                nn.Conv2d(4, 4, 1),
+            )
+            self.second = self.first
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.conv(self.first(self.stem(x))))
+
+    plan = plan_of(Shared())
+    assert not plan.problems
+    assert sum(isinstance(n, Neurons) for n in plan.nodes) == 2
 
 
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenetv2_100"])
@@ -179,3 +199,20 @@ def test_an_analog_function_of_the_pixels_is_refused() -> None:
 
     (problem,) = plan_of(First()).problems
     assert "an analog function of the pixels" in problem and "before the network" in problem
+
+
+@pytest.mark.parametrize("image_first", [True, False])
+def test_pixels_beside_counts_are_still_pixels(image_first: bool) -> None:
+    class Beside(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 2, 3, padding=1), nn.Conv2d(5, 2, 3)
+            self.function = function
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [x, F.relu(self.stem(x))]
+            return self.conv(self.function(torch.cat(parts if image_first else parts[::-1], 1)))
+
+    (problem,) = plan_of(Beside(F.silu)).problems
+    assert "an analog function of the pixels" in problem
+    assert sum(isinstance(n, Neurons) for n in plan_of(Beside(F.relu)).nodes) == 2

@@ -77,7 +77,8 @@ def read_npz(path: Path, name: str, split: str) -> ImageData:
         )
     if not images.size:
         raise DataError(f"{path}: holds no images")
-    return from_arrays(name, split, images.reshape(*images.shape[:3], -1), labels, names)
+    class_names = None if names is None else tuple(map(str, names))
+    return from_arrays(name, split, images.reshape(*images.shape[:3], -1), labels, class_names)
 
 
 def _refuse_bomb(path: Path) -> None:

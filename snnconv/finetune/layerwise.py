@@ -78,11 +78,13 @@ class LayerwiseTuning:
         self.taught = taught
         engine = counts.Engine(network, network.timesteps, images.device)
         self.engine, self.means = engine, Means(network, images.device)
+        # A batch is of all classes, though the data may be sorted by them.
+        mixed = np.random.Generator(np.random.PCG64(self.seed)).permutation(taught)
         # Both share the memory as they share the images.
         share = len(held_out) / (len(taught) + len(held_out))
         self.learning, self.judging = (
             Courses(engine, images, indices, settings.batch_size, int(memory * part))
-            for indices, part in ((taught, 1 - share), (held_out, share))
+            for indices, part in ((mixed, 1 - share), (held_out, share))
         )
         self.nodes: list[Any] = list(network.nodes)
         self.done: list[LayerResult] = []
