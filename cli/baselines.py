@@ -8,6 +8,7 @@ from typing import Any
 
 from snnconv.errors import UsageError
 from snnconv.files import require_named
+from snnconv.schemas import BASELINES
 
 from . import console, options
 from .ann import forwards_of, load_ann, measure_forwards, stored_ann
@@ -56,7 +57,7 @@ def compare(
     settings += [f"limit{limit}"] if limit else []
     path = output or report.default_path(found[0][1], "baselines", settings)
     own = {
-        "schema": "snnconv.baselines/1",
+        "schema": BASELINES,
         "checkpoints": list(networks),
         "data": images.name,
         "seed": seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from snnconv.limits import DEFAULT_TIMESTEPS
+from snnconv.choices import DEFAULT_TIMESTEPS
 
 from . import console, options
 from .source import NetworkOptions, network_options, source_argument

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from snnconv.errors import UsageError
-from snnconv.limits import (
+from snnconv.choices import (
+    CALIBRATIONS,
+    COMPENSATIONS,
     DEFAULT_PERCENTILE,
     DEFAULT_TIMESTEPS,
     DEFAULT_WEIGHT_BITS,
+    INITIAL_MEMBRANES,
     MAX_WEIGHT_BITS,
     MIN_WEIGHT_BITS,
+    NEURONS,
 )
+from snnconv.errors import UsageError
 from snnconv.schedule import SCHEDULES, Schedule
 
 from . import options
@@ -104,7 +108,7 @@ def _given(name: str) -> bool:
 _OPTIONS = (
     click.option(
         "--calibration",
-        type=click.Choice(["reconstruct", "mse", "percentile", "max", "bn"]),
+        type=click.Choice(CALIBRATIONS),
         help="How clips are chosen; reconstruct also fits weights and biases, layer by layer, in "
         "place of training; bn needs no data.  [default: reconstruct with --epochs 0, else mse; "
         "without data bn]",
@@ -139,20 +143,20 @@ _OPTIONS = (
     ),
     click.option(
         "--neuron",
-        type=click.Choice(["signed", "unsigned"]),
+        type=click.Choice(NEURONS),
         default="signed",
         show_default=True,
         help="Whether neurons may emit negative spikes.",
     ),
     click.option(
         "--initial-membrane",
-        type=click.Choice(["half", "zero"]),
+        type=click.Choice(INITIAL_MEMBRANES),
         help="V0: half a threshold rounds half up, zero rounds down.  [default: half; zero with "
         "--compensation gain]",
     ),
     click.option(
         "--compensation",
-        type=click.Choice(["none", "gain", "bias"]),
+        type=click.Choice(COMPENSATIONS),
         default="none",
         show_default=True,
         help="Without retraining, make up for what neurons lose in T steps: one gain for all "

@@ -13,6 +13,7 @@ import click
 from snnconv.errors import UsageError
 from snnconv.files import SUFFIX, require_named
 from snnconv.progress import silent
+from snnconv.schemas import CONVERSION
 
 from . import console, converted, evaluation, options
 from .conversion import ConversionOptions, Method, conversion_options
@@ -98,7 +99,7 @@ def command(
     require_named(path, SUFFIX, "a spiking checkpoint")
     report.require_writable(path, force)
     report_path = report.default_path(path, "convert")
-    report.require_writable(report_path, force, {"schema": "snnconv.conversion/1"})
+    report.require_writable(report_path, force, {"schema": CONVERSION})
     files = TrainFiles.beside(path)
     settings = training.settings(recipe)
 

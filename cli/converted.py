@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snnconv.schemas import CONVERSION
+
 from . import console, options
 from .source import describe_input
 
@@ -33,7 +35,7 @@ def contents(
     made = network.provenance
     replaced = made["replaced_activations"]
     return {
-        "schema": "snnconv.conversion/1",
+        "schema": CONVERSION,
         "version": __version__,
         "model": network.model,
         **conversion.plan.to_dict(),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from snnconv.choices import INITIAL_MEMBRANES, NEURONS
 from snnconv.errors import UsageError
 from snnconv.schedule import SCHEDULES
 
@@ -56,12 +57,12 @@ GATE_MISSED = 4
 )
 @click.option(
     "--neuron",
-    type=click.Choice(["signed", "unsigned"]),
+    type=click.Choice(NEURONS),
     help="Whether neurons may emit negative spikes.  [default: the checkpoint's]",
 )
 @click.option(
     "--initial-membrane",
-    type=click.Choice(["half", "zero"]),
+    type=click.Choice(INITIAL_MEMBRANES),
     help="V0, half a threshold or zero.  [default: the checkpoint's]",
 )
 @click.option(

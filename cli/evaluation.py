@@ -8,6 +8,7 @@ from typing import Any
 
 from snnconv.errors import SnnconvError, first_line
 from snnconv.files import require_named
+from snnconv.schemas import EVALUATION
 
 from . import console, options
 from .ann import diagnosed, forwards_of, measure_forwards, stored_ann
@@ -103,7 +104,7 @@ def require_writable(
     from snnconv.report import html
 
     drawn = {"seed": seed} if limit else {}
-    own = {"schema": "snnconv.evaluation/1", "data": images.name, **drawn}
+    own = {"schema": EVALUATION, "data": images.name, **drawn}
     require_named(path, ".json", "a report")
     if path.is_file() and not named:  # else there is nothing to tell apart
         own["data_sha256"] = images.sha256(indices)

@@ -12,14 +12,15 @@ import click
 
 from snnconv.errors import UsageError, first_line
 from snnconv.files import SUFFIX, require_named, write_atomically
+from snnconv.schemas import FINETUNING
 
 from . import console, options
+from .retraining import HASHED_IMAGES
 
 if TYPE_CHECKING:
     from snnconv.data import ImageData
     from snnconv.finetune import EpochResult, Finetuning, LayerResult
 
-HASHED_IMAGES = 1000
 DEFAULT_EPOCHS = 1
 
 
@@ -132,7 +133,7 @@ def command(
     require_named(target, SUFFIX, "a spiking checkpoint")
     report.require_writable(target, force)
     report_path = report.default_path(target, "finetune")
-    report.require_writable(report_path, force, {"schema": "snnconv.finetuning/1"})
+    report.require_writable(report_path, force, {"schema": FINETUNING})
     state = target.with_name(target.name.removesuffix(SUFFIX) + ".finetune.part")
     options.require_free(state, "fine-tuning", resume, force)
 
@@ -183,7 +184,7 @@ def command(
     tuned = with_settings(tuned, provenance={**tuned.provenance, "finetuning": told})
     save_network(tuned, target, replace=force)
     contents = {
-        "schema": "snnconv.finetuning/1",
+        "schema": FINETUNING,
         "version": __version__,
         "parent": path.name,
         "checkpoint": target.name,

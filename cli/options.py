@@ -16,9 +16,9 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
+from snnconv.choices import MAX_TIMESTEPS, MIN_TIMESTEPS
 from snnconv.errors import UsageError, refuse_unknown, suggestion
 from snnconv.files import SUFFIX
-from snnconv.limits import MAX_TIMESTEPS, MIN_TIMESTEPS
 
 from . import console
 

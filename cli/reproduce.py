@@ -15,6 +15,7 @@ import click
 
 from snnconv.errors import SnnconvError, UsageError
 from snnconv.files import SUFFIX
+from snnconv.schemas import BASELINES, CONVERSION, EVALUATION
 
 from . import console, options
 
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from snnconv.report.difference import Difference
 
 KINDS = {
-    "snnconv.evaluation/1": "eval",
-    "snnconv.baselines/1": "eval",
-    "snnconv.conversion/1": "convert",
+    EVALUATION: "eval",
+    BASELINES: "eval",
+    CONVERSION: "convert",
 }
 SHOWN = 20
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from snnconv.choices import DEFAULT_PERCENTILE
 from snnconv.errors import UsageError
 from snnconv.files import SUFFIX
-from snnconv.limits import DEFAULT_PERCENTILE
 
 from . import console
 from .options import require_free

@@ -10,12 +10,13 @@ from typing import Any
 
 from stored import write
 
+from snnconv.schedule import SCHEDULES
+
 ROOT = Path(__file__).parents[1]
 REPORTS = ROOT / "model_zoo" / "results"
 RESULTS = ROOT / "model_zoo" / "RESULTS.md"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
-SCHEDULES = ("paper", "drain", "stagger", "wait")
 
 HEAD = """# Results
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from stored import write
 
 from snnconv.report import comparison, html, reading
+from snnconv.schedule import SCHEDULES
 
 TARGET = Path(__file__).with_name("schedules.html")
 REPORTS = Path(__file__).parents[1] / "model_zoo" / "results"
-SCHEDULES = ("paper", "drain", "stagger", "wait")
 
 
 def main(args: list[str]) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from snnconv.files import SUFFIX
+
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
-SPIKING = ".snn.safetensors"
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,5 @@ def entries() -> list[ZooEntry]:
 
 def checkpoints() -> dict[str, Path]:
     """Return the spiking checkpoints of the package by name, `ARCHITECTURE.DATA-tT`."""
-    files = sorted(CHECKPOINTS.glob(f"*{SPIKING}"))
-    return {file.name.removesuffix(SPIKING): file for file in files}
+    files = sorted(CHECKPOINTS.glob(f"*{SUFFIX}"))
+    return {file.name.removesuffix(SUFFIX): file for file in files}

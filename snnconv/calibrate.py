@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from snnconv.analog import RESOLUTION, compute
+from snnconv.choices import CALIBRATIONS, DEFAULT_PERCENTILE
 from snnconv.errors import DataError, UsageError
-from snnconv.limits import DEFAULT_PERCENTILE
 from snnconv.ops import padded_channels, per_channel, rearranged_channels
 from snnconv.plan import Relay, Source
 from snnconv.quant import Branch, Island, Layer, Qann, quantize
 
-METHODS = ("mse", "percentile", "max", "bn")
+# Reconstruction comes after one of them.
+METHODS = tuple(name for name in CALIBRATIONS if name != "reconstruct")
 BINS = 2048
 # Points by which the moments of an analog function are estimated.
 QUANTILES = 1024

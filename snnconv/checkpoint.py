@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from snnconv.analog import FUNCTIONS
+from snnconv.choices import INITIAL_MEMBRANES, NEURONS
 from snnconv.errors import CheckpointError, UsageError, first_line
 from snnconv.files import write_atomically
 from snnconv.network import (
@@ -30,10 +31,10 @@ from snnconv.network import (
     Synapse,
     check_shapes,
 )
-from snnconv.neuron import INITIAL_MEMBRANES, NEURONS
 from snnconv.ops import Pool
 from snnconv.plan import Relay
 from snnconv.preprocess import Preprocessing
+from snnconv.quant import reads
 from snnconv.schedule import SCHEDULES, check_timesteps
 
 FORMAT = 1
@@ -178,7 +179,7 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingN
     known_names: set[str] = set()
     for entry in header["graph"]:
         node = _node_from_json(entry, tensors)
-        missing = set(_inputs(node)) - known_names
+        missing = set(reads(node)) - known_names
         if missing or node.name in known_names:
             raise ValueError(f"node {node.name} reads {sorted(missing)} or stands twice")
         known_names.add(node.name)
@@ -196,12 +197,6 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingN
             raise ValueError(f"{name} is no {kind.__name__}")
     check_shapes(network)
     return network
-
-
-def _inputs(node: Node) -> tuple[str, ...]:
-    if isinstance(node, Relay | Island):
-        return node.inputs
-    return () if isinstance(node, Image) else tuple(s.source for s in node.branches)
 
 
 def _node_to_json(node: Node, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnconv.choices import COMPENSATIONS
+from snnconv.divergence import divergence
 from snnconv.engine import counts, prepare
 from snnconv.engine.linear import exact_arithmetic
 from snnconv.errors import UsageError
-from snnconv.finetune import SCHEDULE, Course, divergence
+from snnconv.finetune import SCHEDULE, Course
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.progress import Progress, silent
 from snnconv.quant import Layer, Qann
 
-KINDS = ("none", "gain", "bias")
 GAINS = tuple(1 + k / 50 for k in range(21))
 # The divergence falls with the gain and then rises: after so many larger ones, no more are tried.
 PATIENCE = 3
@@ -50,8 +51,8 @@ def compensate(
     UsageError for an unknown kind, without images, and for a gain of neurons that do not start at
     V0 = 0.
     """
-    if kind not in KINDS:
-        raise UsageError(f"unknown compensation {kind!r}; choose from {', '.join(KINDS)}")
+    if kind not in COMPENSATIONS:
+        raise UsageError(f"unknown compensation {kind!r}; choose from {', '.join(COMPENSATIONS)}")
     if kind == "none":
         return network, {"kind": kind}
     batches = [pixels for pixels in images if len(pixels)]
@@ -119,7 +120,7 @@ def gain_divergences(
         total, images = 0.0, 0
         for pixels, logits in zip(batches, wanted, strict=True):
             found = runner.simulate(pixels, schedule).logits(way, readout.name)[-1].flatten(1)
-            total += divergence(found, logits.double().flatten(1))
+            total += divergence(found, logits.flatten(1))
             images += len(pixels)
         divergences[gain] = total / images
         progress("compensate", number + 1, len(GAINS), f"gain {gain:.2f}")

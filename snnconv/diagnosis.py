@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snnconv.divergence import divergence
 from snnconv.engine import Engine
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import network_qann
@@ -58,8 +59,8 @@ class _Sums:
         for name, wanted in reference[0].items():
             off = float((found[0][name] - wanted).double().square().sum())
             errors[name] = errors.get(name, 0.0) + off
-        divergence = _divergence(reference[1], found[1])
-        self.divergence[stage] = self.divergence.get(stage, 0.0) + divergence
+        lost = divergence(found[1], reference[1])
+        self.divergence[stage] = self.divergence.get(stage, 0.0) + lost
         same = int((found[1].argmax(1) == reference[1].argmax(1)).sum())
         self.agreeing[stage] = self.agreeing.get(stage, 0) + same
 
@@ -205,7 +206,7 @@ class _Chain:
                 wanted = self._float(self.ann, self._normalized(batch))[1]
                 for done, name in enumerate(names):
                     logits = self._float(self.integers, images, self._but(name))[1]
-                    found[name] += _divergence(wanted, logits) / len(pixels)
+                    found[name] += divergence(logits, wanted) / len(pixels)
                     share = len(batch) * (done + 1) // len(names)
                     progress("restore layers", start + share, len(pixels))
         return found
@@ -263,12 +264,6 @@ def _stepped(layer: Layer, x: Tensor, timesteps: int, offset: float) -> Tensor:
     """Round a current to steps of one level, however many, and clip nothing."""
     step = per_channel(layer.clip, x.ndim).to(x.dtype) / timesteps
     return activate(layer, step * (x / step + offset).floor(), None)
-
-
-def _divergence(reference: Tensor, logits: Tensor) -> float:
-    """Sum the Kullback-Leibler divergence of the classes' shares over images `[N, classes]`."""
-    p, q = (x.double().log_softmax(1) for x in (reference, logits))
-    return float((p.exp() * (p - q)).sum())
 
 
 def _row(path: str, name: str, sums: _Sums, alone: _Sums) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from snnconv.analog import LARGEST, width
+from snnconv.choices import DEFAULT_TIMESTEPS
 from snnconv.engine.counts import BLOCK_STEPS
 from snnconv.errors import NotConvertibleError
 from snnconv.folding import fold
 from snnconv.graph import on_meta, trace
-from snnconv.limits import DEFAULT_TIMESTEPS
 from snnconv.network import count_dtype
 from snnconv.pipeline import check_fold
 from snnconv.plan import ConversionPlan, Island, Neurons, Output, Source, inputs_of, make_plan

@@ -23,6 +23,7 @@ from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.preprocess import Preprocessing
 from snnconv.progress import Progress, silent
 from snnconv.schedule import Schedule
+from snnconv.schemas import EVALUATION
 from snnconv.workload import count_operations
 
 BATCH = 256
@@ -384,7 +385,7 @@ def evaluate(
     for part in parts:
         tally.absorb(part)
     return {
-        "schema": "snnconv.evaluation/1",
+        "schema": EVALUATION,
         "version": __version__,
         "model": network.title,
         "checkpoint": None,

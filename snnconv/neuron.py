@@ -13,9 +13,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NEURONS = ("signed", "unsigned")
-INITIAL_MEMBRANES = ("half", "zero")
-
 
 def initial_membrane(threshold: Tensor, kind: str) -> Tensor:
     """Return V0: `floor(theta/2)`, with which firing rounds half up, or zero."""

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from snnconv.choices import MAX_WEIGHT_BITS, MIN_WEIGHT_BITS
 from snnconv.errors import UsageError
-from snnconv.limits import MAX_WEIGHT_BITS, MIN_WEIGHT_BITS
 from snnconv.network import (
     Image,
     Island,
@@ -70,7 +70,7 @@ def integerize(
     check_timesteps(timesteps)
     if any(not bool((layer.clip > 0).all()) for layer in qann.populations()):
         raise UsageError("the QANN has no clips yet: calibrate it first")
-    values = spike_values(qann, preprocessing)
+    values = count_values(qann.nodes, preprocessing)
     layers = _integer_layers(qann, values, timesteps, weight_bits)
     nodes: list[Node] = []
     depth = depths(qann.nodes)
@@ -131,7 +131,7 @@ def rounded(
     `W x >= theta_int` is `W x clip/theta_int >= clip`. A quarter of an integer is added to every
     charge, which moves no integer across a threshold, and keeps rounding errors from doing so.
     """
-    values = spike_values(qann, preprocessing, dtype)
+    values = count_values(qann.nodes, preprocessing, dtype)
     integers = _integer_layers(qann, values, timesteps, weight_bits)
     for layer, node in zip(qann.weighted(), integers, strict=True):
         yield _rounded(layer, node, values, timesteps)
@@ -144,14 +144,8 @@ def rounded_layer(
     timesteps: int,
     weight_bits: int,
 ) -> Rounded:
-    """Return of one layer what `rounded` yields; `values` are the QANN's `spike_values`."""
-    images = image_carriers(qann)
-    stem = any(b.source in images for b in layer.branches)
-    if layer.readout:
-        node: Population | Readout = _readout(layer, values, 0)
-    else:
-        bits = 8 if stem else weight_bits
-        node = _population(layer, values, 0, bits, stem, max(timesteps, TIMESTEPS_RESOLVED))
+    """Return of one layer what `rounded` yields; `values` are the QANN's `count_values`."""
+    node = _integers(layer, values, 0, weight_bits, image_carriers(qann), timesteps)
     return _rounded(layer, node, values, timesteps)
 
 
@@ -199,7 +193,7 @@ def network_qann(qann: Qann, network: SpikingNetwork, timesteps: int) -> Qann:
     It computes in float64, on the CPU; its images are those of `Preprocessing.center`.
     """
     copied = copy.deepcopy(qann).cpu().double()
-    values = spike_values(copied, network.preprocessing)
+    values = count_values(copied.nodes, network.preprocessing)
     for layer, node in zip(copied.weighted(), network.weighted, strict=True):
         found = _rounded(layer, node, values, timesteps)
         layer.assign_(found.weights, found.bias)
@@ -211,47 +205,44 @@ def _integer_layers(
 ) -> Iterator[Population | Readout]:
     """Yield the integers of every layer of a calibrated QANN, in order.
 
-    `values` are its `spike_values`; their number type is the one it computes in.
+    `values` are its `count_values`; their number type is the one it computes in.
     """
     if not MIN_WEIGHT_BITS <= weight_bits <= MAX_WEIGHT_BITS:
         raise UsageError(
             f"--weight-bits must be between {MIN_WEIGHT_BITS} and {MAX_WEIGHT_BITS}, "
             f"not {weight_bits}"
         )
-    images = image_carriers(qann)
-    depth = depths(qann.nodes)
-    resolved = max(timesteps, TIMESTEPS_RESOLVED)
-    bits = layer_bits(qann, weight_bits)
+    images, depth = image_carriers(qann), depths(qann.nodes)
     for layer in qann.weighted():
-        if layer.readout:
-            yield _readout(layer, values, depth[layer.name])
-        else:
-            stem = any(b.source in images for b in layer.branches)
-            yield _population(layer, values, depth[layer.name], bits[layer.name], stem, resolved)
+        yield _integers(layer, values, depth[layer.name], weight_bits, images, timesteps)
+
+
+def _integers(
+    layer: Layer,
+    values: dict[str, tuple[Tensor, Tensor]],
+    depth: int,
+    weight_bits: int,
+    images: set[str],
+    timesteps: int,
+) -> Population | Readout:
+    """Return the integers of one layer; `images` are the QANN's `image_carriers`."""
+    if layer.readout:
+        return _readout(layer, values, depth)
+    bits = _bits(layer, weight_bits, images)
+    stem = any(b.source in images for b in layer.branches)
+    return _population(layer, values, depth, bits, stem, max(timesteps, TIMESTEPS_RESOLVED))
 
 
 def layer_bits(network: Qann | SpikingNetwork, weight_bits: int) -> dict[str, int]:
     """Return the bits of every layer's weights: 8 where they read the image, and in readouts."""
     images = image_carriers(network)
     layers = network.weighted if isinstance(network, SpikingNetwork) else network.weighted()
-    readouts = {n.name for n in layers if isinstance(n, Readout) or getattr(n, "readout", False)}
-    return {
-        layer.name: 8
-        if layer.name in readouts or any(b.source in images for b in layer.branches)
-        else weight_bits
-        for layer in layers
-    }
+    return {layer.name: _bits(layer, weight_bits, images) for layer in layers}
 
 
-def spike_values(
-    qann: Qann, preprocessing: Preprocessing, dtype: torch.dtype = torch.float64
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return, per node, what one count is worth and the constant beside it, `[C]`.
-
-    A tensor's T-fold value is `worth * S + T * constant`. For neurons the worth is the threshold
-    and the constant 0; for images `1/(255 std)` and the part of the mean lost by rounding.
-    """
-    return count_values(qann.nodes, preprocessing, dtype)
+def _bits(layer: Layer | Population | Readout, weight_bits: int, images: set[str]) -> int:
+    apart = getattr(layer, "readout", False) or any(b.source in images for b in layer.branches)
+    return MAX_WEIGHT_BITS if apart else weight_bits
 
 
 def image_carriers(network: Qann | SpikingNetwork) -> set[str]:
@@ -448,7 +439,7 @@ def without_shortcut_normalization(qann: Qann, preprocessing: Preprocessing) -> 
     whose source is less deep than another's. Raises UsageError for a projection without BatchNorm.
     """
     copied = copy.deepcopy(qann).requires_grad_(False)
-    values, depth = spike_values(copied, preprocessing), depths(copied.nodes)
+    values, depth = count_values(copied.nodes, preprocessing), depths(copied.nodes)
     for layer in copied.populations():
         depth[layer.name] += 1  # that of what reads it
     for layer in copied.populations():

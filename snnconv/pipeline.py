@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
+from snnconv.choices import DEFAULT_PERCENTILE, DEFAULT_TIMESTEPS, DEFAULT_WEIGHT_BITS
 from snnconv.compensation import compensate
 from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import Traced, differing_output, trace
-from snnconv.limits import DEFAULT_PERCENTILE, DEFAULT_TIMESTEPS, DEFAULT_WEIGHT_BITS
 from snnconv.network import Island, SpikingNetwork
 from snnconv.neuron import rounding_offset
 from snnconv.normalize import integerize, without_shortcut_normalization

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from snnconv.errors import UsageError, refuse_unknown, suggestion
-from snnconv.limits import (
+from snnconv.choices import (
     MAX_TIMESTEPS,
     MAX_WEIGHT_BITS,
     MIN_TIMESTEPS,
     MIN_WEIGHT_BITS,
 )
+from snnconv.errors import UsageError, refuse_unknown, suggestion
 from snnconv.preprocess import Preprocessing, overridden
 
 KEYS = (

@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from snnconv.calibrate import SMALLEST_SHARE
+from snnconv.divergence import divergence
 from snnconv.errors import DataError
-from snnconv.finetune import divergence
-from snnconv.normalize import image_carriers, rounded_layer, spike_values
+from snnconv.network import count_values
+from snnconv.normalize import image_carriers, rounded_layer
 from snnconv.ops import convolve, per_channel
 from snnconv.plan import Key, Relay, Source
 from snnconv.preprocess import Preprocessing
@@ -40,7 +41,7 @@ from snnconv.quant import (
 )
 
 # Every fourth image judges.
-HELD_OUT_SHARE = 4
+HELD_OUT_EVERY = 4
 FEWEST_IMAGES = 8
 # Activations kept at once, float and quantised, of all images: 4 GiB. Fewer images where needed.
 NUMBERS_KEPT = 2**30
@@ -171,7 +172,7 @@ def reconstruct_(
     """
     images = preprocessing.normalize(pixels), preprocessing.center(pixels)
     numerics = _Numerics(qann, preprocessing, timesteps, weight_bits, offset)
-    held = len(pixels) // HELD_OUT_SHARE
+    held = len(pixels) // HELD_OUT_EVERY
     if len(pixels) < FEWEST_IMAGES:
         raise DataError(f"calibration: reconstruction needs {FEWEST_IMAGES} images or more")
     readout = only_logits(qann.readouts())
@@ -187,7 +188,7 @@ def reconstruct_(
         kept = True
         if readout is not None and first is not None:
             wanted, found = (x[:held].double().flatten(1) for x in logits[readout.name])
-            kl_before = divergence(first.double().flatten(1), wanted) / held
+            kl_before = divergence(first.flatten(1), wanted) / held
             kl_after = divergence(found, wanted) / held
             kept = kl_after < kl_before
         if not kept:
@@ -223,7 +224,7 @@ class _Numerics:
 
     def stored(self, layer: Layer) -> tuple[list[Tensor], Tensor]:
         """Return the weights and the bias of a layer as they are stored, for its present clips."""
-        values = spike_values(self.qann, self.preprocessing)
+        values = count_values(self.qann.nodes, self.preprocessing)
         found = rounded_layer(self.qann, layer, values, self.timesteps, self.weight_bits)
         return [w.float() for w in found.weights], found.bias.float()
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from numbers import Integral
 
+from snnconv.choices import MAX_TIMESTEPS, MIN_TIMESTEPS
 from snnconv.errors import UsageError
-from snnconv.limits import MAX_TIMESTEPS, MIN_TIMESTEPS
 
 SCHEDULES = ("paper", "drain", "stagger", "wait")
 

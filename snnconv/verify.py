@@ -149,7 +149,7 @@ class _Oracle:
                 self.values[node.name] = self.timesteps * (pixels.double() - zero)
             elif node.name in fired:
                 try:
-                    self.values[node.name] = self.fire(fired[node.name], len(pixels))
+                    self.values[node.name] = self.fire(fired[node.name])
                 except _Missing as missing:
                     yield fired[node.name].path, str(missing), fired[node.name].name
                     return
@@ -164,7 +164,7 @@ class _Oracle:
                 yield self.traced.path(node), self.values[node.name], name
         for output in self.outputs:
             try:
-                yield output.name, self.charge(output, len(pixels)), output.name
+                yield output.name, self.charge(output), output.name
             except _Missing as missing:
                 yield output.name, str(missing), output.name
 
@@ -237,18 +237,18 @@ class _Oracle:
             return 1
         return int(relay.attributes["pool"].lcm)  # type: ignore[union-attr]
 
-    def fire(self, neurons: Neurons, images: int) -> Tensor:
+    def fire(self, neurons: Neurons) -> Tensor:
         """Return the floor of eq. 1 of everything a population receives in T steps."""
         population = self.nodes[neurons.name]
         assert isinstance(population, Population)
-        charge = self.charge(neurons, images)
+        charge = self.charge(neurons)
         threshold = population.threshold.double()
         start = (threshold / 2).floor() if self.network.initial_membrane == "half" else 0
         low = -self.timesteps if neurons.two_sided else 0
         counts = (charge + _spread(start, charge)) / _spread(threshold, charge)
         return counts.floor().clamp(low, self.timesteps)
 
-    def charge(self, planned: Neurons | Output, images: int) -> Tensor:
+    def charge(self, planned: Neurons | Output) -> Tensor:
         """Return the sum of all currents and biases over T steps, in row units."""
         node = self.nodes[planned.name]
         assert isinstance(node, (Population, Readout))

@@ -20,7 +20,9 @@ LAYERS = [
     {
         "errors",
         "files",
-        "limits",
+        "choices",
+        "divergence",
+        "schemas",
         "memory",
         "progress",
         "preprocess",
@@ -51,7 +53,7 @@ LAZY = {"data": {"model_zoo"}, "load": {"model_zoo"}, "recipe": {"model_zoo"}}
 # What verify must not share with the code it judges.
 APART = {"verify": {"engine", "ops", "operations", "folding", "normalize"}}
 ZOO = {"timm", "torch", "numpy", "sklearn", "safetensors"}
-ZOO_OWN = {"load", "preprocess", "model_zoo"}
+ZOO_OWN = {"files", "load", "preprocess", "model_zoo"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from snnconv.data import ImageData, choose_indices
 from snnconv.errors import DataError
-from snnconv.finetune.agreement import Agreement, divergence
+from snnconv.finetune.agreement import Agreement
 from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course
 from snnconv.finetune.end_to_end import EndToEndTuning, EpochResult
 from snnconv.finetune.images import Images
@@ -32,7 +32,6 @@ __all__ = [
     "Finetuning",
     "LayerResult",
     "LayerwiseTuning",
-    "divergence",
     "tune",
 ]
 

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from snnconv.divergence import divergence
 from snnconv.engine import prepare
 from snnconv.finetune.course import SCHEDULE, divided
 from snnconv.finetune.images import Images
 from snnconv.network import SpikingNetwork
-
-
-def divergence(logits: Tensor, wanted: Tensor) -> float:
-    """Return the KL divergence of class probabilities from those of `wanted`, summed over images.
-
-    Both are logits, float64 `[N, classes]`.
-    """
-    logs = logits.log_softmax(1), wanted.log_softmax(1)
-    return float(F.kl_div(*logs, log_target=True, reduction="sum"))
 
 
 class Agreement:

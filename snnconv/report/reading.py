@@ -11,9 +11,8 @@ from typing import Any, NoReturn
 
 from snnconv.errors import SnnconvError, UsageError, refuse_unknown
 from snnconv.files import SUFFIX
+from snnconv.schemas import BASELINES, EVALUATION
 
-EVALUATION = "snnconv.evaluation/1"
-BASELINES = "snnconv.baselines/1"
 PATTERN = "*.eval.json"
 
 # What readers here rely on: the fields that every report of a kind has, and their types.

@@ -15,10 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
+from snnconv.choices import DEFAULT_PERCENTILE, DEFAULT_WEIGHT_BITS
 from snnconv.data import ImageData
 from snnconv.errors import UsageError
 from snnconv.graph import Traced
-from snnconv.limits import DEFAULT_PERCENTILE, DEFAULT_WEIGHT_BITS
 from snnconv.network import SpikingNetwork
 from snnconv.neuron import rounding_offset
 from snnconv.plan import ConversionPlan

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from snnconv import distributed
 from snnconv.data import ImageData, choose_indices, default_batch
 from snnconv.data.augment import UNLABELLED, training_batches
+from snnconv.divergence import divergence
 from snnconv.engine import prepare
 from snnconv.errors import DataError, SnnconvError, UsageError, first_line
 from snnconv.files import write_atomically
@@ -521,9 +522,7 @@ class Training:
                     self.teacher_logits[i] = self._teach(pixels).double().cpu()
                 end = runner.endpoint(pixels)
                 logits = end.logits(network, self.readout).flatten(1).double().cpu()
-            target = F.log_softmax(self.teacher_logits[i], 1)
-            found = F.log_softmax(logits, 1)
-            kl += float((target.exp() * (target - found)).sum())
+            kl += divergence(logits, self.teacher_logits[i])
             hits += int((logits.argmax(1) == labels).sum())
             seen += len(labels)
             self.progress("held out", seen * distributed.size(), len(self.held_out))

@@ -12,13 +12,13 @@ from torch.func import functional_call
 from snnconv.calibrate import SMALLEST_SHARE
 from snnconv.folding import Folder
 from snnconv.graph import Traced
+from snnconv.network import count_values
 from snnconv.neuron import rounding_offset
 from snnconv.normalize import (
     LEARNT_BELOW_BITS,
     layer_bits,
     rounded,
     row_scale,
-    spike_values,
     times_inputs,
 )
 from snnconv.plan import ConversionPlan
@@ -93,7 +93,7 @@ class Student(nn.Module):
 
     def _learn_weight_clips(self, index: int, layer: Layer, bits: int) -> None:
         """Make the upper ends of a layer's weights parameters, from the least squared error."""
-        values = spike_values(self.qann, self.preprocessing)
+        values = count_values(self.qann.nodes, self.preprocessing)
         for j, (branch, weight) in enumerate(zip(layer.branches, layer.weights, strict=True)):
             if branch.kind != "scale":
                 rows = times_inputs(branch, weight.detach().double(), values[branch.source][0])
@@ -160,7 +160,7 @@ class Student(nn.Module):
                     self.qann, self.preprocessing, self.timesteps, self.weight_bits, torch.float32
                 )
             )
-        values = spike_values(self.qann, self.preprocessing, torch.float32)
+        values = count_values(self.qann.nodes, self.preprocessing, torch.float32)
         logs = iter(self.log_clips)
         tensors: dict[str, Tensor] = {}
         for i, (layer, bits) in enumerate(self.layers):

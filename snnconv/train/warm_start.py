@@ -16,8 +16,8 @@ from torch import Tensor
 from snnconv.errors import UsageError
 from snnconv.folding import Folder
 from snnconv.graph import Traced
-from snnconv.network import Population, SpikingNetwork
-from snnconv.normalize import network_qann, source_constants, spike_values, times_inputs
+from snnconv.network import Population, SpikingNetwork, count_values
+from snnconv.normalize import network_qann, source_constants, times_inputs
 from snnconv.operations import Operation
 from snnconv.plan import ConversionPlan, Term
 from snnconv.preprocess import Preprocessing
@@ -89,7 +89,7 @@ def _in_float(qann: Qann, preprocessing: Preprocessing, network: SpikingNetwork)
     for island, other in zip(copied.islands(), network.islands, strict=True):
         island.unit.copy_(other.unit)
     found = network_qann(copied, network, network.timesteps)
-    values = spike_values(found, preprocessing)
+    values = count_values(found.nodes, preprocessing)
     for layer in found.weighted():
         layer.bias.copy_(layer.bias - source_constants(layer, values))
     return found
@@ -139,7 +139,7 @@ def _follow(qann: Qann, folder: Folder) -> None:
 
 def _require_written(qann: Qann, wanted: Qann, preprocessing: Preprocessing) -> None:
     """Raise UsageError for a layer that has not become what it should."""
-    values = spike_values(wanted, preprocessing)
+    values = count_values(wanted.nodes, preprocessing)
     for layer, target in zip(qann.weighted(), wanted.weighted(), strict=True):
         clip = target.bias.abs() if target.readout else target.clip
         pairs = [(layer.bias - target.bias, torch.maximum(clip.amax(), target.bias.abs().amax()))]
