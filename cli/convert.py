@@ -117,7 +117,7 @@ def command(
     if data is not None:
         images = _Images.opened(data, loaded, method, chosen.calibration_images, limit, seed, quiet)
         loaded = fit_to_images(loaded, images.train, quiet)
-    settings = _possible(settings, training, recipe, method, images, quiet)
+    settings = _retraining(settings, training, recipe, method, images, quiet)
     if settings is not None:
         files.require_free(training.resume, force)
     elif chosen.calibration is None and images is not None:
@@ -293,7 +293,7 @@ class _Images:
         )
 
 
-def _possible(
+def _retraining(
     settings: TrainSettings | None,
     training: TrainOptions,
     recipe: Recipe | None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -75,24 +77,44 @@ def _networks(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return README's rows: the ends of exact schedules, and as `at_t` those of `paper`.
 
     Of training-free networks for the same T the reconstructed one stands for all, of retrained ones
-    the one that was trained longest.
+    the one that was trained longest; it has the accuracies of its training with other seeds, too.
     """
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    by_training: dict[str, list[float]] = {}
     for e in sorted(evaluations, key=lambda e: e["calibration"] == "reconstruct"):
         if e["neuron"] != "signed" or e["partial"] or e["timesteps"] != e["converted_for"]:
             continue
         network = (e["model"], e["timesteps"], e["weight_bits"], bool(e["epochs"]))
         ends = found.setdefault(network, {})
+        exact = (e["schedule"] == "drain" and e["drain"] is None) or e["engine"] == "endpoint"
+        if exact:
+            by_training.setdefault(_training(e), []).append(e["snn"]["top1_percent"])
+        if _training(e) != e["checkpoint"]:
+            continue  # another seed
         if e["schedule"] == "paper":
             ends["paper"] = e
-        elif (e["schedule"] == "drain" and e["drain"] is None) or e["engine"] == "endpoint":
+        elif exact:
             ends["exact"] = e
     rows = []
     for ends in found.values():
         exact, paper = ends["exact"], ends.get("paper")
         same = paper is not None and paper["checkpoint"] == exact["checkpoint"]
-        rows.append({**exact, "at_t": paper if same else None})
+        seeds = by_training[exact["checkpoint"]]
+        rows.append({**exact, "at_t": paper if same else None, "seeds": seeds})
     return sorted(rows, key=_order)
+
+
+def _training(e: dict[str, Any]) -> str:
+    """Return the checkpoint of the same training with seed 0."""
+    return re.sub(r"-seed\d+", "", e["checkpoint"])
+
+
+def _of_seeds(e: dict[str, Any]) -> str:
+    """Return an accuracy, with the mean and the spread over seeds where there are several."""
+    if len(e["seeds"]) == 1:
+        return _percent(e["snn"])
+    mean, spread = statistics.mean(e["seeds"]), statistics.stdev(e["seeds"])
+    return f"{_percent(e['snn'])}; {mean:.2f} ± {spread:.2f} of {len(e['seeds'])} seeds"
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:
@@ -172,6 +194,7 @@ _NETWORK_COLUMNS = {
             "spikes per neuron",
         )
     },
+    "SNN %": _of_seeds,
     "SNN at T %": lambda e: "" if e["at_t"] is None else _percent(e["at_t"]["snn"]),
 }  # fmt: skip
 
