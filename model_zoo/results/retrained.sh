@@ -9,7 +9,7 @@
 # cifar10_resnet_akamaster/resnet20-12fca82f.th, resnet56-4bfd9763.th and mnist/shrinkbench_mnistnet.pt.
 # What is there already is kept; PATTERN chooses by name. An interrupted training goes on where it
 # was left. ResNet-20 took 4 minutes for T = 3 on one GPU, and on two cores 2 minutes an epoch for T = 7
-# and for 4-bit weights, which start from it. VGG-11 takes as long in float, ResNet-56 5 minutes an epoch.
+# and for 4-bit weights, which start from it, as a second training for T = 3 on mixed images does. VGG-11 takes as long in float, ResNet-56 5 minutes an epoch.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=$(realpath --relative-to="$here" "$1")
@@ -39,6 +39,8 @@ retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
 
 resnet20=$checkpoints/cifar10_resnet_akamaster/resnet20-12fca82f.th
 retrain cifar_resnet20.cifar10-t3 "$resnet20" cifar10 cifar_resnet20_t3
+retrain cifar_resnet20.cifar10-t3-mix "$resnet20" cifar10 cifar_resnet20_t3_mix \
+  --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 retrain cifar_resnet20.cifar10-t2 "$resnet20" cifar10 cifar_resnet20_t2 \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 retrain cifar_resnet20.cifar10-t1 "$resnet20" cifar10 cifar_resnet20_t1 \
