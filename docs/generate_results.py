@@ -76,15 +76,15 @@ def main(args: list[str]) -> int:
 def _networks(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return README's rows: the ends of exact schedules, and as `at_t` those of `paper`.
 
-    Of training-free networks for the same T the reconstructed one stands for all, of retrained ones
-    the one that was trained longest; it has the accuracies of its training with other seeds, too.
+    Of training-free networks for the same T the reconstructed one stands for all. Retrained ones
+    have the accuracies of the same training with other seeds, too.
     """
     found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     by_training: dict[str, list[float]] = {}
     for e in sorted(evaluations, key=lambda e: e["calibration"] == "reconstruct"):
         if e["neuron"] != "signed" or e["partial"] or e["timesteps"] != e["converted_for"]:
             continue
-        network = (e["model"], e["timesteps"], e["weight_bits"], bool(e["epochs"]))
+        network = (e["model"], e["timesteps"], e["weight_bits"], *e["epochs"])
         ends = found.setdefault(network, {})
         exact = (e["schedule"] == "drain" and e["drain"] is None) or e["engine"] == "endpoint"
         if exact:
