@@ -182,7 +182,7 @@ class Training:
             if self.state is not None:
                 self.state.unlink(missing_ok=True)
             if self.metrics is not None:
-                self.metrics.write_text("")
+                self.metrics.unlink(missing_ok=True)
         try:
             self._train()
         except KeyboardInterrupt:
