@@ -207,6 +207,7 @@ def command(
         named=output is not None,
         force=force,
     )
+    ann_before = evaluation.ann_of(report_path) if ann is None else None
     with distributed.group(place, "start it again"), console.progress(quiet) as progress:
         found = evaluation.evaluated(
             network,
@@ -229,6 +230,12 @@ def command(
     else:
         evaluation.show(report_path, found, page=page, quiet=quiet)
         options.note_unreadable(images.unreadable, quiet)
+    if ann_before is not None:
+        console.note(
+            f"hint: the report this one replaces was made with --ann {ann_before}; it also told "
+            "what is lost from the ANN, and in which layer",
+            quiet,
+        )
     return 0 if max_drop is None else _gate(found, max_drop)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,15 @@ def require_writable(
     if page:
         beside = path.with_suffix(".html")
         report.require_writable(beside, force or html.is_own(beside))
+
+
+def ann_of(path: Path) -> str | None:
+    """Return the --ann of the command that made the evaluation at `path`, if there is one."""
+    try:
+        words = shlex.split(json.loads(path.read_text(encoding="utf-8"))["command"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return next((value for name, value in pairwise(words) if name == "--ann"), None)
 
 
 def write(

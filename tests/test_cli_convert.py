@@ -377,6 +377,19 @@ def test_data_named_elsewhere_are_spelled_out_in_the_report(
     assert run(["reproduce", str(report)]) == 0
 
 
+def test_a_report_that_knew_the_ann_is_not_replaced_in_silence(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert convert("-T", "3", "--calibration", "mse") == 0
+    again = ["eval", "--data", "zoo:digits", "--limit", "40"]
+    assert run([*again, "--ann", "zoo:digits"]) == 0
+    assert "hint" not in capsys.readouterr().err
+    assert run(again) == 0
+    assert "made with --ann zoo:digits" in capsys.readouterr().err
+    assert run(again) == 0
+    assert "hint" not in capsys.readouterr().err
+
+
 def test_an_evaluation_of_other_data_of_the_same_name_is_kept(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
