@@ -56,7 +56,7 @@ format: $(STAMP) ## format the code and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-docs: $(STAMP) ## write docs/cli.md, RESULTS.md and the tables of README and performance.md anew
+docs: $(STAMP) ## write what is generated in docs, RESULTS.md and README anew
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python docs/generate_results.py
 	$(BIN)/python docs/generate_performance.py

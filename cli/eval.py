@@ -88,7 +88,7 @@ GATE_MISSED = 4
     "--statistics/--no-statistics",
     default=True,
     show_default=True,
-    help="Count operations and energy, and with --ann say which layer is to blame.",
+    help="Count operations and energy, and say which layer is to blame, with --ann by which cause.",
 )
 @click.option(
     "--page/--no-page", default=True, show_default=True, help="Render the report as HTML, too."

@@ -35,7 +35,8 @@ after another where a checkpoint started from a retrained one; 0 is training-fre
 Intervals are Wilson's at 95 %. Times were taken on a machine that did
 other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
 ImageNet's training set: good for differences, not for levels. All float networks are published ones
-but VGG-11, which [train_float.py](results/train_float.py) trained on 45,000 images, 30 epochs.
+but VGG-11, which [train_float.py](results/train_float.py) trained on 45,000 images, 30 epochs, and
+ResNet-110, which [grow_resnet110.py](results/grow_resnet110.py) grew out of ResNet-56.
 """
 
 

@@ -341,9 +341,8 @@ def evaluate(
     pixels uint8 `[N, C, H, W]` to the ANN's logits; with it `ann` and `drop` tell its accuracy and
     the paired difference. Otherwise they, `qann_float` and `checkpoint` are left None for the
     caller, who knows them. With `statistics` layers tell what their counts are, and operations and
-    energy are counted. Raises
-    UsageError if the network is no classifier or does not end at its end point under the schedule,
-    DataError if the data do not fit it.
+    energy are counted. Raises UsageError if the network is no classifier or, with the engine
+    `endpoint`, does not end there under the schedule, DataError if the data do not fit it.
     """
     readout = classes(network)
     simulated = engine != ENDPOINT

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
 # Make the reports of retrained networks in this folder, and the checkpoints beside it: published
 # networks and a VGG-11 trained here, retrained on the training images (seed 0), evaluated on all
-# 10,000 test images.
+# 10,000 test images (MobileNetV1 on 800).
 #
 #   model_zoo/results/retrained.sh DATA CHECKPOINTS [PATTERN]
 #
-# DATA has cifar10/ and mnist/ (train.npz and test.npz), CHECKPOINTS has
-# cifar10_resnet_akamaster/resnet20-12fca82f.th, resnet56-4bfd9763.th and mnist/shrinkbench_mnistnet.pt.
+# DATA has cifar10/ and mnist/ (train.npz and test.npz) and imagenet_sample/, CHECKPOINTS has
+# cifar10_resnet_akamaster/resnet20-12fca82f.th, resnet56-4bfd9763.th, mnist/shrinkbench_mnistnet.pt
+# and imagenet_models/mobilenetv1_100_tf_in1k.fp16.safetensors.
 # What is there already is kept; PATTERN chooses by name. An interrupted training goes on where it
 # was left. ResNet-20 took 4 minutes for T = 3 on one GPU, and on two cores 2 minutes an epoch for T = 7
-# and for 4-bit weights, which start from it, as a second training for T = 3 on mixed images does. VGG-11 takes as long in float, ResNet-56 5 minutes an epoch.
+# and for 4-bit weights, which start from it, as a second training for T = 3 on mixed images does.
+# VGG-11 took 4, ResNet-56 7 minutes an epoch.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 data=$(realpath --relative-to="$here" "$1")
