@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +192,8 @@ def command(
     place = options.resolve_device(device)
     images = options.open_for(network, where, split, quiet)
     indices = choose_indices(len(images), limit, seed)
+    if max_drop is not None and math.isnan(max_drop):
+        raise UsageError("--max-drop must be a number of percentage points, not nan")
     if max_drop is not None and ann is None:
         _require_stored_ann(network, images, len(indices))
     simulated = engine != "endpoint"
@@ -236,7 +239,8 @@ def command(
             "what is lost from the ANN, and in which layer",
             quiet,
         )
-    return 0 if max_drop is None else _gate(found, max_drop)
+    # Under torchrun the others would end the first one, which is still at work.
+    return 0 if max_drop is None or not distributed.is_leader() else _gate(found, max_drop)
 
 
 def _require_stored_ann(network: SpikingNetwork, images: ImageData, measured: int) -> None:

@@ -7,6 +7,7 @@ snnconv.toml in the current folder, then from the default.
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -32,6 +33,8 @@ CONTEXT_SETTINGS: dict[str, Any] = {
     "max_content_width": 100,
 }
 SETTINGS_FILE = "snnconv.toml"
+# In the environment of a command that is run again: what it took from elsewhere is spelled out.
+WITHOUT_SETTINGS = "SNNCONV_WITHOUT_SETTINGS"
 DATA_VARIABLE = "SNNCONV_DATA"
 CHECKPOINT_PATTERN = f"*{SUFFIX}"
 TIMESTEPS = click.IntRange(MIN_TIMESTEPS, MAX_TIMESTEPS)
@@ -178,6 +181,8 @@ def limit_option(function: F) -> F:
 def read_settings(folder: Path | None = None) -> dict[str, Any]:
     """Read snnconv.toml in the current folder (or `folder`); without one, return an empty table."""
     path = (folder or Path()) / SETTINGS_FILE
+    if WITHOUT_SETTINGS in os.environ:
+        return {}
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -201,6 +206,8 @@ def default_map(settings: dict[str, Any], command: click.Command) -> dict[str, A
         raise UsageError(f"{SETTINGS_FILE}: [{command.name}] must be a table")
     values |= {k.replace("_", "-"): v for k, v in own.items()}
     refuse_unknown(f"{SETTINGS_FILE}: [{command.name}]", values, named)
+    for key, value in values.items():
+        require_suitable(f"{SETTINGS_FILE}: {key}", named[key], value)
     if "data" in values and (not isinstance(values["data"], str) or not values["data"]):
         raise UsageError(f'`data` in {SETTINGS_FILE} must be a text like data = "DIR"')
     return {str(named[k].name): v for k, v in values.items()}
@@ -235,6 +242,20 @@ def _spelled(option: click.Parameter, value: Any) -> list[str]:
     name = next(n for n in option.opts if n.startswith("--"))
     values = value if isinstance(value, list) else [value]
     return [part for v in values for part in (name, str(v))]
+
+
+def require_suitable(where: str, option: click.Parameter, value: Any) -> None:
+    """Raise UsageError for a value out of a TOML file that is of no type the option takes."""
+    if getattr(option, "is_flag", False):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} must be true or false, not {value!r}")
+        return
+    several = option.multiple and isinstance(value, list)
+    for one in value if several else [value]:
+        whole = isinstance(option.type, click.types.IntParamType)
+        if isinstance(one, bool) or not isinstance(one, str | int if whole else str | int | float):
+            kind = "a whole number" if whole else "a number or a text"
+            raise UsageError(f"{where} must be {kind}, not {one!r}")
 
 
 def check_settings(settings: dict[str, Any], commands: Iterable[str]) -> None:

@@ -111,11 +111,14 @@ def _run(arguments: list[str], where: Path, report: Path, quiet: bool) -> None:
     import snnconv
 
     paths = [str(Path(snnconv.__file__).absolute().parents[1]), os.environ.get("PYTHONPATH", "")]
+    # What the environment and snnconv.toml say today is not what they said then.
+    kept = {k: v for k, v in os.environ.items() if k != options.DATA_VARIABLE}
+    kept[options.WITHOUT_SETTINGS] = "1"
     # -P: files in the folder that are named like modules must not take their place.
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "snnconv.cli.main", *arguments],
         cwd=where,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
+        env={**kept, "PYTHONPATH": os.pathsep.join(p for p in paths if p)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -17,6 +17,7 @@ from snnconv.files import SUFFIX, ann_stem
 from snnconv.preprocess import INTERPOLATIONS
 
 from . import console
+from .options import require_suitable
 
 if TYPE_CHECKING:
     from snnconv.data import ImageData
@@ -162,7 +163,11 @@ def _with_recipe(ctx: click.Context, param: click.Parameter, name: str | None) -
     if name is not None and not ctx.resilient_parsing:
         from snnconv.recipe import read_recipe
 
-        ctx.default_map = {**read_recipe(name).convert, **(ctx.default_map or {})}
+        defaults = read_recipe(name).convert
+        params = {str(p.name): p for p in ctx.command.params}
+        for key in defaults.keys() & params.keys():
+            require_suitable(f"{name}: [convert] {key}", params[key], defaults[key])
+        ctx.default_map = {**defaults, **(ctx.default_map or {})}
     return name
 
 

@@ -134,10 +134,15 @@ def top1_percents(
                 logits = forward(pixels.to(device))
                 hits += int((logits.argmax(1).cpu() == labels).sum())
                 done += len(labels)
-                progress(name.replace("_", " "), done * distributed.size(), len(indices))
+                progress(name.replace("_", " "), _of_all(done, indices), len(indices))
         hits, done = distributed.sum_over_ranks(torch.tensor([hits, done])).tolist()
         measured[name] = {"top1_percent": 100 * hits / max(done, 1), "images": done}
     return measured
+
+
+def _of_all(done: int, indices: np.ndarray) -> int:
+    """Return how many images are done in all processes, if the others are as far as this one."""
+    return min(done * distributed.size(), len(indices))
 
 
 def _shared_batches(
@@ -373,7 +378,7 @@ def evaluate(
                 tally.add_ann(ann(pixels).argmax(1).cpu(), found, labels)
         progress(
             "simulate" if simulated else "end point",
-            tally.images * distributed.size(),
+            _of_all(tally.images, indices),
             len(indices),
         )
     parts = distributed.gather({k: v for k, v in vars(tally).items() if k != "network"})

@@ -354,6 +354,7 @@ def test_a_gate_is_missed_after_the_report(
     out, err = capsys.readouterr()
     assert json.loads(out)["snn"] == found["snn"] and report.is_file()
     assert f"{lost:.2f} points less" in err
+    assert run([*base, "--max-drop", "nan"]) == 2
     others = ["eval", "--data", "zoo:digits", "--limit", "9", "-q", "--max-drop", "1"]
     assert run(others) == 2
     assert "--ann" in capsys.readouterr().err
@@ -372,8 +373,9 @@ def test_data_named_elsewhere_are_spelled_out_in_the_report(
     assert command[:2] == ["snnconv", "eval"] and command[-1] == "digits.snn.safetensors"
     for words in ("--data zoo:digits", "--seed 3", "--limit 9", "--no-page", "-T 3"):
         assert f" {words} " in " ".join(command)
-    monkeypatch.delenv("SNNCONV_DATA")
-    Path("snnconv.toml").unlink()
+    # What they say today is not what they said then.
+    monkeypatch.setenv("SNNCONV_DATA", "nowhere")
+    Path("snnconv.toml").write_text('[eval]\nschedule = "paper"\n')
     assert run(["reproduce", str(report)]) == 0
 
 
@@ -388,6 +390,31 @@ def test_a_report_that_knew_the_ann_is_not_replaced_in_silence(
     assert "made with --ann zoo:digits" in capsys.readouterr().err
     assert run(again) == 0
     assert "hint" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("limit = 12.5", "whole number"),
+        ("limit = true", "whole number"),
+        ("timesteps = [1]", "whole number"),
+        ('statistics = "no"', "true or false"),
+        ("schedule = []", "a text"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_named(
+    line: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("snnconv.toml").write_text(f"[eval]\n{line}\n")
+    assert run(["eval", "--data", "zoo:digits"]) == 2
+    err = capsys.readouterr().err
+    assert f"snnconv.toml: {line.split()[0]} must be" in err and word in err
+
+
+def test_a_recipe_of_a_wrong_type_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.toml").write_text("[convert]\ncalibration_images = [10]\n")
+    assert run(["convert", "zoo:digits", "--recipe", "x.toml"]) == 2
+    assert "x.toml: [convert] calibration_images must be" in capsys.readouterr().err
 
 
 def test_an_evaluation_of_other_data_of_the_same_name_is_kept(
