@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import click
-from click.core import ParameterSource
 
 from snnconv.choices import (
     CALIBRATIONS,
@@ -73,10 +70,10 @@ class ConversionOptions:
         calibration = self.calibration or ("mse" if data else "bn")
         if calibration != "bn":
             options.require_data(data)
-        if calibration != "percentile" and _given("percentile"):
+        if calibration != "percentile" and options.given("percentile"):
             raise UsageError(f"--percentile belongs to --calibration percentile, not {calibration}")
         gain = self.compensation == "gain"
-        if gain and self.initial_membrane == "half" and _given("initial_membrane"):
+        if gain and self.initial_membrane == "half" and options.given("initial_membrane"):
             raise UsageError(
                 "--compensation gain belongs with --initial-membrane zero: with half a threshold "
                 "the neurons would fire too much"
@@ -97,12 +94,6 @@ class ConversionOptions:
             schedule=self.schedule,
             drain=drain,
         )
-
-
-def _given(name: str) -> bool:
-    """Return whether the command line has an option, not a recipe or snnconv.toml."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is ParameterSource.COMMANDLINE
 
 
 _OPTIONS = (
@@ -187,17 +178,5 @@ _OPTIONS = (
     ),
 )
 
-
-def conversion_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a conversion; they arrive as `chosen: ConversionOptions`."""
-
-    @functools.wraps(function)
-    def command(*args: Any, **values: Any) -> Any:
-        chosen = ConversionOptions(
-            **{field.name: values.pop(field.name) for field in fields(ConversionOptions)}
-        )
-        return function(*args, chosen=chosen, **values)
-
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+# Adds the options of a conversion; they arrive as `chosen: ConversionOptions`.
+conversion_options = options.gathered("chosen", ConversionOptions, _OPTIONS)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from snnconv.choices import INITIAL_MEMBRANES, NEURONS
 from snnconv.errors import UsageError
@@ -268,15 +267,10 @@ def _gate(found: dict[str, Any], max_drop: float) -> int:
 
 def _refuse_with_baselines() -> None:
     """Raise UsageError for options that say how to run a network: --baselines takes all ways."""
-    context = click.get_current_context()
-    names = ["schedule", "drain", "stagger", "neuron", "initial_membrane", "engine", "statistics"]
-    names += ["max_drop"]
-    names += ["page"] if context.params["page"] else []  # there is none
-    useless = [
-        f"--{name.replace('_', '-')}"
-        for name in names
-        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-    ]
+    names = ["schedule", "drain", "stagger", "neuron", "initial_membrane", "engine", "max_drop"]
+    names.append("statistics")
+    names += ["page"] if click.get_current_context().params["page"] else []  # there is none
+    useless = options.given(*names)
     if useless:
         raise UsageError(
             f"--baselines runs every way there is; {', '.join(useless)} would do nothing"

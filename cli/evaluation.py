@@ -13,7 +13,7 @@ from snnconv.errors import SnnconvError, first_line
 from snnconv.files import require_named
 from snnconv.schemas import EVALUATION
 
-from . import console, options
+from . import console
 from .ann import diagnosed, forwards_of, measure_forwards, stored_ann
 
 SHOWN_STEPS = 12
@@ -126,14 +126,12 @@ def ann_of(path: Path) -> str | None:
     return next((value for name, value in pairwise(words) if name == "--ann"), None)
 
 
-def write(
-    path: Path, evaluation: dict[str, Any], *, page: bool, command: Sequence[str] | None = None
-) -> None:
-    """Write an evaluation with the `command` it came from, this one's, and its page beside it."""
+def write(path: Path, evaluation: dict[str, Any], *, page: bool, command: Sequence[str]) -> None:
+    """Write an evaluation with the `command` it came from, and its page beside it."""
     from snnconv import report
     from snnconv.report import comparison, html, reading
 
-    report.write(path, evaluation, command or options.arguments())
+    report.write(path, evaluation, command)
     beside = path.with_suffix(".html")
     if page:
         document = comparison.document([reading.read(path)])

@@ -7,9 +7,11 @@ snnconv.toml in the current folder, then from the default.
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -242,6 +244,34 @@ def _spelled(option: click.Parameter, value: Any) -> list[str]:
     name = next(n for n in option.opts if n.startswith("--"))
     values = value if isinstance(value, list) else [value]
     return [part for v in values for part in (name, str(v))]
+
+
+def given(*names: str) -> list[str]:
+    """Return those of some options that the command line has, not a recipe or snnconv.toml."""
+    context = click.get_current_context()
+    return [
+        f"--{name.replace('_', '-')}"
+        for name in names
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+
+
+def gathered(
+    name: str, kind: type[Any], added: Iterable[Callable[..., Any]]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds options; they arrive as `name`, a dataclass of a kind."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def command(*args: Any, **values: Any) -> Any:
+            values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
+            return function(*args, **values)
+
+        for option in reversed(list(added)):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def require_suitable(where: str, option: click.Parameter, value: Any) -> None:

@@ -7,19 +7,17 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from snnconv.choices import DEFAULT_PERCENTILE
 from snnconv.errors import UsageError
 from snnconv.files import SUFFIX
 
-from . import console
-from .options import require_free
+from . import console, options
 from .source import complete_source, fit_to_images
 
 if TYPE_CHECKING:
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from snnconv.recipe import Recipe
     from snnconv.train import TrainSettings
 
-NAMES = ("epochs", "lr", "batch_size", "distill", "teacher", "start_from", "workers", "resume")
 LARGEST_WORKERS = 8
 # Images of so many are hashed to tell one training set from another.
 HASHED_IMAGES = 1000
@@ -76,13 +73,8 @@ class TrainOptions:
 
     def refuse_without_training(self, why: str) -> None:
         """Raise UsageError if the command line has an option that only retraining heeds."""
-        context = click.get_current_context()
-        useless = [
-            f"--{name.replace('_', '-')}"
-            for name in NAMES
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-            and not (name == "epochs" and self.epochs == 0)
-        ]
+        heeded = [f.name for f in fields(self) if not (f.name == "epochs" and self.epochs == 0)]
+        useless = options.given(*heeded)
         if useless:
             raise UsageError(f"{why}; {', '.join(useless)} would do nothing")
 
@@ -135,17 +127,8 @@ _OPTIONS = (
 )
 
 
-def train_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of retraining; they arrive as `training: TrainOptions`."""
-
-    @functools.wraps(function)
-    def command(*args: Any, **values: Any) -> Any:
-        training = TrainOptions(*(values.pop(name) for name in NAMES))
-        return function(*args, training=training, **values)
-
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+# Adds the options of retraining; they arrive as `training: TrainOptions`.
+train_options = options.gathered("training", TrainOptions, _OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -172,11 +155,11 @@ class TrainFiles:
 
     def require_free(self, resume: bool, force: bool) -> None:
         """Raise UsageError if an interrupted training would be lost, or there is none to resume."""
-        require_free(self.state, "retraining", resume, force)
+        options.require_free(self.state, "retraining", resume, force)
 
 
 def retrainer(
-    options: TrainOptions,
+    training: TrainOptions,
     settings: TrainSettings,
     loaded: LoadedModel,
     data: ImageData,
@@ -205,15 +188,15 @@ def retrainer(
     from snnconv.train import retrain, teacher_for
 
     teacher, taught_by = loaded.model, None
-    if options.teacher is not None:
-        other = fit_to_images(load_model(options.teacher), data, quiet)
+    if training.teacher is not None:
+        other = fit_to_images(load_model(training.teacher), data, quiet)
         teacher = teacher_for(other, loaded)
         taught_by = {"name": other.name, "weights_sha256": other.weights_sha256}
     start, started_from = None, None
-    if options.start_from is not None:
-        start = load_network(options.start_from)
-        started_from = {"name": options.start_from.name, "sha256": sha256(start)}
-    workers = options.workers
+    if training.start_from is not None:
+        start = load_network(training.start_from)
+        started_from = {"name": training.start_from.name, "sha256": sha256(start)}
+    workers = training.workers
     if workers is None:
         in_memory = data.images.size is not None
         workers = 0 if in_memory else min(os.cpu_count() or 1, LARGEST_WORKERS)
@@ -249,7 +232,7 @@ def retrainer(
         calibration=calibration["method"],
         percentile=calibration.get("percentile", DEFAULT_PERCENTILE),
         images=images,
-        resume=options.resume,
+        resume=training.resume,
         seed=seed,
         device=device,
         workers=workers,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make the reports of retrained networks in this folder, and the checkpoints beside it: published
-# networks and a VGG-11 trained here, retrained on the training images (seed 0), evaluated on all
+# networks and a VGG-11 trained here, retrained on the training images (seed 0 if the name says no other), evaluated on all
 # 10,000 test images (MobileNetV1 on 800).
 #
 #   model_zoo/results/retrained.sh DATA CHECKPOINTS [PATTERN]
@@ -41,6 +41,9 @@ retrain() { # NAME SOURCE DATA_SET RECIPE [OPTION...]
 
 resnet20=$checkpoints/cifar10_resnet_akamaster/resnet20-12fca82f.th
 retrain cifar_resnet20.cifar10-t3 "$resnet20" cifar10 cifar_resnet20_t3
+for seed in 1 2; do
+  retrain cifar_resnet20.cifar10-t3-seed$seed "$resnet20" cifar10 cifar_resnet20_t3 --seed $seed
+done
 retrain cifar_resnet20.cifar10-t3-mix "$resnet20" cifar10 cifar_resnet20_t3_mix \
   --start-from ../checkpoints/cifar_resnet20.cifar10-t3.snn.safetensors
 retrain cifar_resnet20.cifar10-t2 "$resnet20" cifar10 cifar_resnet20_t2 \
