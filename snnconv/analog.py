@@ -1,7 +1,7 @@
 """Functions that are no sum of spikes: gates, smooth activations, products.
 
-Where a network has one, the spiking network has an *analog island* (method.md, "Beyond
-conv-BN-ReLU chains"). From the mean values of what it reads it computes the function in float64,
+Where a network has one, the spiking network has an *analog island* (docs/concepts.md, "Analog
+islands"). From the mean values of what it reads it computes the function in float64,
 and emits the multiple of it that so many steps are worth, rounded to an integer. Neurons that
 follow turn that into spikes again. One function serves every engine, so all have the same
 integers; across machines they are the same but where an exponential that differs in its last bit

@@ -1,4 +1,4 @@
-"""Choose the clips of every layer without training (method.md, section 5).
+"""Choose the clips of every layer without training (docs/concepts.md, "Reconstruction").
 
 Statistics stream through histograms of fixed size, one per channel, so memory does not grow with
 the number of images. Without data, the histograms are those of normal distributions whose moments

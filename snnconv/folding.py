@@ -1,7 +1,8 @@
 """Fold a traced network into its QANN: for every neuron, weights, one bias, nothing else.
 
 BatchNorm goes into the weights before it. Each summand of a neuron's current becomes a branch
-of its own, with weights in the row of the neuron it feeds (method.md, section 4.1).
+of its own, with weights in the row of the neuron it feeds. See docs/concepts.md, "The integer
+network".
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A `SpikingNetwork` is a list of nodes in topological order: sources (images), maps that are
 exact on counts, populations of neurons, and readouts. It holds no state and knows no time; an
-engine runs it under a schedule. See method.md, section 4.
+engine runs it under a schedule. See docs/concepts.md, "The integer network".
 """
 
 from __future__ import annotations
@@ -340,7 +340,10 @@ def charge_bounds(synapse: Synapse, low: int, high: int) -> Tensor:
 def membrane_bound(
     node: Population | Readout, limits: dict[str, tuple[int, int]], timesteps: int
 ) -> int:
-    """Return a bound on the magnitude of every partial sum of a membrane (method.md, 4.4)."""
+    """Return a bound on the magnitude of every partial sum of a membrane.
+
+    Engines choose by it the number type in which sums are exact (docs/concepts.md, "Engines").
+    """
     total = timesteps * node.bias.double().abs()
     for synapse in node.branches:
         bounds = charge_bounds(synapse, *limits[synapse.source]).double()

@@ -1,4 +1,4 @@
-"""The signed integrate-and-fire neuron, as equations on integers (method.md, section 2).
+"""The signed integrate-and-fire neuron, as equations on integers (docs/concepts.md, "The neuron").
 
     V += current(t)
     if V >= theta and S < T:    emit +1, V -= theta, S += 1

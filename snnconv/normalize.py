@@ -4,7 +4,7 @@ Each weight is multiplied by the threshold of the neurons it listens to, so that
 pure event; an identity shortcut becomes a synapse of weight theta_skip. Spiking ResNet states
 this as weights theta_in/theta_out for basic blocks (arXiv 1805.01352, section on shortcut
 normalisation); written per synapse it holds for any graph. Every row is then expressed in
-integers of its own unit (method.md, sections 4.1 and 4.2).
+integers of its own unit (docs/concepts.md, "The integer network").
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The same few functions serve the float QANN and the integer network. Tensors are `[N, C, H, W]`
 or `[N, F]`; a leading axis may hold batch times time. On integer dtypes every result is exact;
 on float dtypes it is exact as long as all partial sums stay below 2^24 (float32) or 2^53
-(float64), which the caller guarantees (method.md, section 4.4).
+(float64), which the caller guarantees (docs/concepts.md, "Engines").
 """
 
 from __future__ import annotations

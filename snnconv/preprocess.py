@@ -2,7 +2,7 @@
 
 A network sees every image as 8-bit pixels `[N, C, H, W]`. The ANN normalises them,
 `(p/255 - mean)/std`; the spiking network takes the integers `p - round(255 mean)` and has
-`1/(255 std)` folded into its first weights (method.md, section 1).
+`1/(255 std)` folded into its first weights (docs/concepts.md, "The integer network").
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The quantised ANN: T levels per activation, rounded half up (method.md, section 1).
+"""The quantised ANN: T levels per activation, rounded half up.
 
 A `Qann` is the folded network: sources, maps that are exact on counts, and layers. A layer is a
 population of neurons, or a readout, with all the branches it sums. Without clips it computes
 the float ANN; with clips and T it computes what the spiking network converges to, up to the
-rounding of weights.
+rounding of weights. See docs/concepts.md, "The quantised ANN".
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Output = TypeVar("Output", bound=HasShape)
 def quantize(
     x: Tensor, clip: Tensor, timesteps: int, *, two_sided: bool = False, offset: float = 0.5
 ) -> Tensor:
-    """Return `s * clip(floor(x/s + offset), 0, T)` with `s = clip/T` (method.md, eq. 1).
+    """Return `s * clip(floor(x/s + offset), 0, T)` with `s = clip/T`.
 
     `clip` broadcasts against `x`. Two-sided values go down to `-T`. `offset` is V0/threshold:
     one half rounds half up, as a membrane that starts half full does.
@@ -65,7 +65,7 @@ def _levels(in_steps: Tensor, timesteps: int, two_sided: bool, offset: float) ->
 
 
 class FakeQuantize(torch.autograd.Function):
-    """`quantize` with straight-through gradients (method.md, section 1).
+    """`quantize` with straight-through gradients.
 
     The gradient with respect to x is 1 strictly between 0 (two-sided: -clip) and the clip; with
     respect to the clip it is 1 from the clip on (-1 below -clip), and `(a - x)/clip` between.

@@ -2,8 +2,8 @@
 
 A layer at depth d has the offset o_d = 0 (`paper`, `drain`), k d (`stagger`) or d T (`wait`). By
 step t its bias has been injected B(t) = clip(t - o_d, 0, T) times, under `wait` all T at once.
-It fires only at t > o_d, under `wait` only up to t = o_d + T (method.md, section 3). A readout
-counts as a layer one deeper than the neurons it reads. Steps are numbered from 1.
+It fires only at t > o_d, under `wait` only up to t = o_d + T. A readout counts as a layer one
+deeper than the neurons it reads. Steps are numbered from 1. See docs/concepts.md, "Schedules".
 """
 
 from __future__ import annotations

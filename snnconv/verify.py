@@ -3,8 +3,8 @@
 The oracle walks the traced fx graph in float64, with the user's own modules (their strides,
 padding and wiring), the stored integers as weights, and the floor of the quantiser at every
 activation. It shares no code with the network's own maps or its engines, so a wrong fold, branch
-or padding cannot hide (method.md, section 4.6). The integers themselves are held against the
-float weights, folded here a second time.
+or padding cannot hide. The integers themselves are held against the float weights, folded here a
+second time. See docs/concepts.md, "Verification".
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from snnconv.schedule import Schedule
         (Schedule("drain", 3, 5), 3),
         (Schedule("stagger", 3, 5), 8),
         (Schedule("stagger", 3, 5, stagger=2), 13),
-        # method.md: (depth + 2) T with the readout, the deepest neurons having depth 4.
+        # (depth + 2) T with the readout, the deepest neurons having depth 4.
         (Schedule("wait", 3, 5), 18),
     ],
 )

@@ -45,7 +45,7 @@ def noise(preprocessing: Preprocessing, count: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_gradients_of_the_quantiser(two_sided: bool) -> None:
-    """One value at a time, by the formulas of method.md, section 1."""
+    """One value at a time, by the formulas of the straight-through estimator."""
     timesteps, clip = 3, 1.5
     values = [-2.0, -1.5, -0.7, 0.0, 0.1, 0.6, 1.4, 1.5, 9.0]
     for value in values:

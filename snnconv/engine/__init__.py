@@ -101,7 +101,7 @@ def endpoint(
     maps: bool = False,
     engine: str = DEFAULT,
 ) -> Endpoint:
-    """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
+    """Compute where every exact schedule ends, in one pass (docs/concepts.md, "Engines").
 
     `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the like
     are kept beside the neurons'. Raises UsageError for images of another size than the network's.

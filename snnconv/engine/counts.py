@@ -1,8 +1,8 @@
 """The counts engine: layer after layer, all steps of a block at once.
 
-Counts are the state (method.md, eq. 3), so the charge of every time step is a convolution of its
-own, and one call computes a block of them. With `target(t)` the count a neuron would settle at
-if nothing more arrived,
+Counts are the state (docs/concepts.md, "Engines"), so the charge of every time step is a
+convolution of its own, and one call computes a block of them. With `target(t)` the count a neuron
+would settle at if nothing more arrived,
 
     target(t) = clip(floor((charge(t) + V0) / theta), low, T)
     S(t) = S(t-1) + clip(target(t) - S(t-1), -1, 1)
@@ -118,7 +118,7 @@ class Engine:
         return _join(parts, counts)
 
     def endpoint(self, pixels: Tensor, *, maps: bool = False) -> Endpoint:
-        """Compute where every exact schedule ends, in one pass (method.md, section 4.5).
+        """Compute where every exact schedule ends, in one pass (docs/concepts.md, "Engines").
 
         `pixels` are uint8 `[N, C, H, W]`. With `maps` the counts of pooling, concatenation and the
         like are kept beside the neurons'.

@@ -1,4 +1,4 @@
-"""Integer charges computed with floating-point convolutions, exactly (method.md, section 4.4).
+"""Integer charges computed with floating-point convolutions, exactly (docs/concepts.md, "Engines").
 
 Sums of integers are exact in float32 while every partial sum stays below 2^24, in float64 below
 2^53, in any order of summation. Each layer gets the narrowest type its bounds allow. Only

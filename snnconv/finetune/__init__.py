@@ -1,4 +1,4 @@
-"""Fine-tuning of a spiking network for the end of its T steps (method.md, section 6).
+"""Fine-tuning of a spiking network for the end of its T steps (docs/concepts.md, "Fine-tuning").
 
 `layerwise` is Fast-SNN's (arXiv 2305.19868), `end_to_end` tunes all layers together.
 """

@@ -1,4 +1,4 @@
-"""Layer-wise fine-tuning: repair what latency T leaves unsettled (method.md, section 6).
+"""Layer-wise fine-tuning: repair what latency T leaves unsettled (docs/concepts.md, "Fine-tuning").
 
 After T steps of the schedule `paper` charge is still on its way, so counts miss those of the
 quantised ANN. Fast-SNN (arXiv 2305.19868) tunes one layer of neurons after the other, front to

@@ -1,10 +1,10 @@
-"""Quantization-aware training of a traced network (method.md, section 1; arXiv 2305.19868).
+"""Quantization-aware training of a traced network (arXiv 2305.19868).
 
 What is trained are the network's own parameters, with BatchNorm as in inference (at first by
 batches, if asked), and the clips.
 Every forward pass folds them, rounds them to the integers the spiking network would hold, and
 quantises every activation to T levels; gradients pass the roundings straight. So the network that
-is trained is the one that is stored.
+is trained is the one that is stored. See docs/concepts.md, "Retraining".
 """
 
 from __future__ import annotations
