@@ -24,6 +24,7 @@ UNCUT = 10_000
 
 _emitted = False
 _muted = False
+_error_style = {"as_json": False, "verbose": False}
 _arguments: tuple[str, ...] = ()
 
 
@@ -36,6 +37,19 @@ def start(arguments: Sequence[str]) -> None:
     _emitted = False
     _muted = os.environ.get("RANK", "0") != "0"
     _arguments = tuple(arguments)
+    set_error_style(
+        as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & set(arguments))
+    )
+
+
+def set_error_style(**wanted: bool) -> None:
+    """Say how errors are printed: `as_json` as an object, too, `verbose` with a traceback."""
+    _error_style.update(wanted)
+
+
+def error_style(name: str) -> bool:
+    """Tell whether errors are to be printed `as_json`, `verbose`."""
+    return _error_style[name]
 
 
 def arguments() -> tuple[str, ...]:

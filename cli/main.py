@@ -109,18 +109,18 @@ def run(args: Sequence[str]) -> int:
         code = group.main(args=list(args), prog_name="snnconv", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, click.Abort):
-        return _fail(args, "interrupted", [], 130, prefix="")
+        return _fail("interrupted", [], 130, prefix="")
     except SnnconvError as error:
-        return _fail(args, error.message, error.problems, error.exit_code, error)
+        return _fail(error.message, error.problems, error.exit_code, error)
     except click.ClickException as error:
-        return _fail(args, _click_message(error), [], error.exit_code)
+        return _fail(_click_message(error), [], error.exit_code)
     except Exception as error:
         message = explain(error)
         if message is None:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             message = f"internal error: {what} (-v shows where; please report it)"
-            return _fail(args, message, [], 1, error, prefix="")
-        return _fail(args, message, [], 1, error)
+            return _fail(message, [], 1, error, prefix="")
+        return _fail(message, [], 1, error)
 
 
 def explain(error: BaseException) -> str | None:
@@ -173,7 +173,6 @@ def _click_message(error: click.ClickException) -> str:
 
 
 def _fail(
-    args: Sequence[str],
     message: str,
     problems: list[str],
     exit_code: int,
@@ -181,10 +180,10 @@ def _fail(
     prefix: str = "error: ",
 ) -> int:
     """Print one error on stderr, with --json also as an object on stdout; return the exit code."""
-    if error is not None and ("-v" in args or "--verbose" in args):
+    if error is not None and console.error_style("verbose"):
         click.echo("".join(traceback.format_exception(error)).rstrip(), err=True)
     click.echo("\n".join([prefix + message, *(f"  - {p}" for p in problems)]), err=True)
-    if "--json" in args and not console.emitted():
+    if console.error_style("as_json") and not console.emitted():
         console.emit_json(
             {
                 "schema": "snnconv.error/1",

@@ -78,8 +78,19 @@ def command(name: str, example: str) -> Callable[[Callable[..., Any]], ExampleCo
 def json_option(function: F) -> F:
     """Add --json as `as_json: bool`."""
     return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else."
+        "--json",
+        "as_json",
+        is_flag=True,
+        is_eager=True,
+        callback=_told_to_console,
+        help="Print one JSON object on stdout and nothing else.",
     )(function)
+
+
+def _told_to_console(context: click.Context, option: click.Parameter, value: bool) -> bool:
+    """Let errors be printed as asked for, even if that is asked in snnconv.toml."""
+    console.set_error_style(**{str(option.name): value})
+    return value
 
 
 def verbosity_options(function: F) -> F:
@@ -88,7 +99,12 @@ def verbosity_options(function: F) -> F:
         function
     )
     return click.option(
-        "-v", "--verbose", is_flag=True, help="Show details, and where an error arose."
+        "-v",
+        "--verbose",
+        is_flag=True,
+        is_eager=True,
+        callback=_told_to_console,
+        help="Show details, and where an error arose.",
     )(function)
 
 

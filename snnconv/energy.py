@@ -158,7 +158,7 @@ def _verdict(found: Mapping[str, Any], total: Mapping[str, Any]) -> str:
     elif snn > qann:
         text += ", and what it takes without any spike is more already"
     skipping, int8, fp32 = (
-        f"{_times(snn, found[key])} the energy of {who} ({_nj(found[key])} nJ)"
+        f"{times(snn, found[key])} the energy of {who} ({_nj(found[key])} nJ)"
         for key, who in (
             ("qann_skipping_zeros_nj", "a quantised ANN that skips zeros"),
             ("ann_int8_nj", "the int8 ANN"),
@@ -175,7 +175,8 @@ def _nj(energy: float) -> str:
     return f"{energy:,.0f}" if energy >= 100 else f"{energy:.3g}"
 
 
-def _times(ours: float, other: float) -> str:
+def times(ours: float, other: float) -> str:
+    """Say how many times another energy ours is; there is no number where that is 0."""
     if not other:
         return "infinitely many times" if ours else "1 times"
     return f"{ours / other:.3g} times"

@@ -65,6 +65,20 @@ def test_json_gets_the_error_as_an_object(fail: Fail, capsys: pytest.CaptureFixt
     assert err.startswith("error: no\n")
 
 
+def test_the_settings_file_may_ask_for_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("snnconv.toml").write_text("[inspect]\njson = true\nverbose = true\n")
+    code = run(["inspect", "absent.snn.safetensors"])
+    out, err = capsys.readouterr()
+    assert code and json.loads(out)["exit_code"] == code
+    assert "Traceback" in err
+    assert run(["check", "absent"])
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+
+
 def test_json_stays_one_object_when_the_command_had_printed_its_own(
     fail: Fail, capsys: pytest.CaptureFixture[str]
 ) -> None:

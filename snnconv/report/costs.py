@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from snnconv.energy import times
 from snnconv.report.document import (
     Bars,
     Column,
@@ -37,7 +38,6 @@ ASSUMPTIONS = {
     "mac_fp32_pj": "multiply-accumulate, float32",
     "mac_int8_pj": "multiply-accumulate, int8",
     "multiply_int8_pj": "multiplication, int8",
-    "add_int8_pj": "addition, int8",
     "add_int32_pj": "addition, int32",
     "analog_mac_pj": "multiply-accumulate in an analog island",
 }
@@ -113,13 +113,6 @@ def _energy(e: dict[str, Any]) -> Section | None:
         figures=[figure],
         tables=[_parts(energy), _assumptions(energy)],
     )
-
-
-def times(ours: float, other: float) -> str:
-    """Say how many times another energy ours is; there is no number where that is 0."""
-    if not other:
-        return "infinitely many times" if ours else "1 times"
-    return f"{ours / other:.2f} times"
 
 
 def _sentence(text: str | None) -> str:

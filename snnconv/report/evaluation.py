@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from snnconv.energy import times
 from snnconv.report import causes, costs, course
 from snnconv.report.document import (
     Document,
@@ -106,7 +107,7 @@ def facts(e: dict[str, Any]) -> list[Fact]:
         )
     if (energy := e.get("energy")) is not None:
         total = energy["snn_nj"]["total"]
-        note = f"{costs.times(total, energy['qann_nj'])} the quantised ANN's, an estimate"
+        note = f"{times(total, energy['qann_nj'])} the quantised ANN's, an estimate"
         found.append(Fact("energy.snn_nj.total", "Energy per image", joules(total), total, note))
     return found
 
