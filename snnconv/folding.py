@@ -114,7 +114,7 @@ class Folder:
 
     def constant(self, value: float, *shape: int) -> Tensor:
         """Return a tensor of one value where the parameters are."""
-        device = next(self.traced.module.parameters()).device
+        device = self.traced.example.device
         return torch.full(shape, value, dtype=self.dtype, device=device)
 
     def weight(self, term: Term, rows: int) -> Tensor:

@@ -310,7 +310,8 @@ def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Ten
         pixels = node.shape[0] // len(worth)
         return worth.repeat_interleave(pixels), constant.repeat_interleave(pixels)
     if node.op == "sum_pool":
-        return worth / node.attributes["pool"].lcm, constant
+        pool = node.attributes["pool"]
+        return worth / pool.lcm, constant * (pool.largest_sum / pool.lcm)
     return worth, constant
 
 

@@ -47,6 +47,9 @@ LARGEST_STEM_THRESHOLD_LOG2 = 22
 LARGEST_MEMBRANE_UNIT_LOG2 = 20
 READOUT_FRACTION_BITS = 8
 LARGEST_INTEGER = 2**31 - 1
+# Biases and the weights of identities are as large at most, and so many bits finer than the row.
+LARGEST_WHOLE = 2**30
+LARGEST_SHIFT = 30
 # A charge is an integer, a point of rounding an integer or a half: both are a quarter away.
 BETWEEN_INTEGERS = 0.25
 # Below so many bits the largest weight is no use as the upper end.
@@ -385,8 +388,13 @@ def _population(
     largest = LARGEST_STEM_THRESHOLD_LOG2 if stem else LARGEST_THRESHOLD_LOG2
     scale = _weighted_scale(layer, rows, bits)
     scale = torch.maximum(scale, torch.maximum(clip, bias.abs()) / 2**largest)
+    whole = [r.abs() for b, r in zip(layer.branches, rows, strict=True) if b.kind == "scale"]
+    highest = torch.stack([bias.abs(), *whole]).amax(0)
+    scale = torch.maximum(scale, highest / LARGEST_WHOLE)
+    room = _log2_floor(scale * LARGEST_WHOLE / _positive(highest)).clamp_max(LARGEST_SHIFT)
     needed = torch.log2(THRESHOLD_PER_LEVEL * resolved * scale / clip).ceil().clamp_min(0)
     allowed = _log2_floor(scale / clip * 2 ** max(largest, LARGEST_MEMBRANE_UNIT_LOG2))
+    needed, allowed = torch.minimum(needed, room), torch.minimum(allowed, room)
     synapses, m = _synapses(layer, rows, scale, torch.stack([needed, allowed]), bits)
     unit = scale * 2.0**-m
     return Population(

@@ -280,6 +280,8 @@ def _average_pool(
         for axis in (0, 1)
     )
     if divisor is not None:
+        if divisor <= 0:
+            return unsupported(f"divisor_override={divisor}", "divide by a positive number")
         h = tuple((start, end, int(divisor)) for start, end, _ in h)
         w = tuple((start, end, 1) for start, end, _ in w)
     return Operation("average_pool", inputs, {"pool": Pool(h, w)})

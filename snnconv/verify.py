@@ -430,10 +430,12 @@ def _constant_plane(oracle: _Oracle, node: fx.Node) -> Tensor | None:
 
     def value(argument: fx.Node) -> Any:
         plane = planes.get(argument.name)
+        if argument.op == "placeholder":
+            return _constant_plane(oracle, argument)
         shape = oracle.traced.shapes.get(argument.name)
         if plane is None and shape is not None:
             return torch.zeros(1, *shape, dtype=torch.float64)
-        return plane if plane is not None else oracle.counts(argument)
+        return plane if plane is not None else oracle.apply(argument, value)
 
     result = oracle.apply(node, value)
     return result if isinstance(result, Tensor) else None

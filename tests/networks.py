@@ -137,6 +137,19 @@ class TwoOutputs(nn.Module):
         return {"mask": self.mask(x), "label": self.label(x.mean((2, 3)))}
 
 
+class Pyramid(nn.Module):
+    """Averages beside what they are averages of, before a BatchNorm and before the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.both, self.head = conv_bn(3, 4), conv_bn(8, 6), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = F.relu(self.both(torch.cat([F.avg_pool2d(x, 3, 1, 1), x], 1)))
+        return self.head(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "concat": Concat,
@@ -144,6 +157,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "depthwise": Depthwise,
     "preactivation": Preactivation,
     "two_outputs": TwoOutputs,
+    "pyramid": Pyramid,
 }
 
 

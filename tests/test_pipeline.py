@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from networks import PREPROCESSING, converted, images
 from timm.layers import AvgPool2dSame, Linear
 from torch import Tensor, nn
 
+from snnconv.checkpoint import load_network, save_network
 from snnconv.engine import endpoint, simulate
 from snnconv.errors import NotConvertibleError, NotEqualError
 from snnconv.graph import TRACE_TOLERANCE, difference, differing_output
@@ -75,6 +77,79 @@ class Flat(nn.Module):
         return self.second(F.relu(self.first(x.flatten(1))))
 
 
+class Reshaped(Flat):
+    """The pixels in a row, by the size of the batch; of several channels they lie strewn about."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = getattr(x, self.method)(x.size(0), -1)
+        return self.second(F.relu(self.first(flat)))
+
+
+class PooledView(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(F.relu(self.conv(x)), 2)
+        return self.head(x.view(x.size(0), -1))
+
+
+class Dead(nn.Module):
+    """A branch that is silent, with the clip of such a one, beside one of almost nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.silent, self.faint = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        nn.init.zeros_(self.silent.weight), nn.init.zeros_(self.silent.bias)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(F.relu(self.silent(x)) + F.relu(self.faint(x)) * 1e-9)
+        return self.head(x.mean((2, 3)))
+
+
+class Cancelled(nn.Module):
+    """A sum that is nothing but rounding errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.head((y - F.adaptive_avg_pool2d(y, 1)).mean((2, 3)))
+
+
+class Divided(nn.Module):
+    """An average of pixels by another number than how many they are."""
+
+    def __init__(self, divisor: int = 3) -> None:
+        super().__init__()
+        self.pool = nn.AvgPool2d(2, divisor_override=divisor)
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.conv(self.pool(x))).mean((2, 3)))
+
+
+class Placed(nn.Module):
+    """A value of each place of its own is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Linear(4, 5)
+        self.places = nn.Parameter(torch.randn(1, 4, 12, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.conv(x)) + self.places.expand(x.shape[0], -1, -1, -1)
+        return self.head(x.mean((2, 3)))
+
+
 class Shifted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -93,11 +168,51 @@ class FlatMap(nn.Module):
         return F.relu(self.conv(x)).flatten(1)
 
 
-@pytest.mark.parametrize("model", [Flat, Shifted, FlatMap])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Flat,
+        Shifted,
+        FlatMap,
+        lambda: Reshaped("view"),
+        lambda: Reshaped("reshape"),
+        PooledView,
+        Divided,
+        nn.ReLU,
+    ],
+)
 def test_networks_that_read_or_return_something_unusual(model: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
     found, agreement = check_equal(convert(model(), PREPROCESSING, [images(6)]), images(4, 2))
     assert found.equal and agreement.counts_percent > 95
+
+
+@pytest.mark.parametrize("model", [Dead, Cancelled])
+def test_weights_beyond_all_proportion_are_stored_and_read(
+    model: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    conversion = convert(model(), PREPROCESSING, [images(6)])
+    assert check_equal(conversion, images(4, 2))[0].equal
+    path = tmp_path / "a.snn.safetensors"
+    save_network(conversion.network, path)
+    assert torch.equal(
+        endpoint(load_network(path), images(4, 2), 7).charges["logits"],
+        endpoint(conversion.network, images(4, 2), 7).charges["logits"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: Divided(-2), "divisor_override=-2"),
+        (Placed, "a tensor of the model's own"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(model: Callable[[], nn.Module], reason: str) -> None:
+    with pytest.raises(NotConvertibleError) as caught:
+        convert(model(), PREPROCESSING, calibration="bn")
+    assert reason in " ".join([caught.value.message, *caught.value.problems])
 
 
 def test_timm_pooling_with_same_padding_counts_its_border() -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from networks import PREPROCESSING, images
 from torch import Tensor, nn
 
+from snnconv.engine import endpoint
 from snnconv.errors import NotConvertibleError
 from snnconv.graph import trace
 from snnconv.operations import describe
@@ -163,6 +164,14 @@ BODIES: dict[str, tuple[Callable[[Net, Tensor], Tensor], int]] = {
     "split twice": (
         lambda n, x: torch.cat([n.second(x).chunk(2, 1)[1].split(3, 1)[0], x[:, 3:]], 1), 8
     ),
+    "split, stacked": (lambda n, x: torch.stack(n.second(x).unbind(1), 1), 8),
+    "split, joined": (lambda n, x: torch.cat(n.second(x).chunk(2, 1), 1), 8),
+    "flattened with the channels last": (
+        lambda n, x: F.linear(
+            F.relu(n.second(x)).permute(0, 2, 3, 1).contiguous().view(x.size(0), -1),
+            torch.sin(torch.arange(8 * 1152.0)).view(8, -1) / 30,
+        )[:, :, None, None], 8
+    ),
     "cast": (lambda n, x: n.second(x.float() * n.gain.view(-1, 1, 1).to(x.dtype)).type_as(x), 8),
     "added to every pixel": (lambda n, x: n.second(x) + x.mean((2, 3), keepdim=True), 8),
     "expanded": (
@@ -191,6 +200,79 @@ def test_what_is_rewritten_converts_and_is_verified(name: str) -> None:
     torch.testing.assert_close(
         conversion.qann(PREPROCESSING.normalize(pixels))["logits"], expected, rtol=1e-3, atol=1e-4
     )
+
+
+class Joined(nn.Module):
+    """Channels that are worth differently, side by side before a layer; as `channels`, or none."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], channels: int | None) -> None:
+        super().__init__()
+        self.stem, self.join, self.channels = nn.Conv2d(3, 8, 3, padding=1), join, channels
+        self.both = nn.Conv2d(channels or 8, 8, 1)
+        self.head = nn.Linear(8 if channels else 16, 5)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.join(F.relu(self.stem(pixels)), pixels)
+        if self.channels:
+            x = F.relu(self.both(x)).mean((2, 3))
+        return self.head(x)
+
+
+JOINS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int | None]] = {
+    "average over the image": (
+        lambda x, _: torch.cat([x, x.mean((2, 3), keepdim=True).expand_as(x)], 1), 16
+    ),
+    "average and maximum": (
+        lambda x, _: torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1), None
+    ),
+    "average and maximum, flattened late": (
+        lambda x, _: F.dropout(
+            torch.cat([F.adaptive_avg_pool2d(x, 1), F.adaptive_max_pool2d(x, 1)], 1).flatten(1),
+            0.5, False,
+        ), None
+    ),
+    "averages of two sizes, nested": (
+        lambda x, _: torch.cat(
+            [torch.cat([F.avg_pool2d(x, 3, 1, 1), x], 1), F.avg_pool2d(x, 7, 1, 3)], 1
+        ), 24
+    ),
+    "upsampled by lines": (
+        lambda x, _: torch.cat([
+            F.interpolate(F.max_pool2d(x, 4), (12, 12), mode="bilinear"), x
+        ], 1), 16
+    ),
+    "pixels": (lambda x, pixels: torch.cat([x, pixels], 1), 11),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_channels_that_are_worth_differently_keep_their_bits(name: str) -> None:
+    torch.manual_seed(0)
+    model = Joined(*JOINS[name]).eval()
+    pixels = images(16, 2) // 3 + torch.randint(0, 170, (16, 3, 1, 1)).byte()
+    floats = model(PREPROCESSING.normalize(pixels)).detach()
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=255)
+    assert check_equal(conversion, pixels)[0].equal
+    found = endpoint(conversion.network, pixels, 255).logits(conversion.network, "logits")
+    error = (found - floats).norm() / (floats - floats.mean(0)).norm()
+    assert error < 0.05
+
+
+def test_a_layer_called_twice_keeps_one_set_of_weights_for_each_part() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.shared = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.stem(x))
+            for _ in range(2):
+                x = F.relu(self.shared(torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1)))
+            return x.mean((2, 3))
+
+    traced = trace(Twice().eval(), PREPROCESSING.input_size).module
+    layers = [m for m in traced.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.in_channels for m in layers] == [3, 4, 4]
 
 
 def test_a_parameter_that_is_used_as_it_is_stays_the_one_it_is() -> None:

@@ -20,7 +20,7 @@ from snnconv.train import Student
 from snnconv.train.warm_start import warm_start_
 
 T = 5
-NETWORKS = ("residual", "pools", "depthwise", "concat")
+NETWORKS = ("residual", "pools", "depthwise", "concat", "pyramid")
 
 
 def images(count: int, seed: int = 0) -> Tensor:

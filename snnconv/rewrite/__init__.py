@@ -14,6 +14,7 @@ from snnconv.rewrite.arithmetic import arithmetic
 from snnconv.rewrite.broadcasts import broadcasts
 from snnconv.rewrite.channels_last import channels_last
 from snnconv.rewrite.composites import Composite, composites
+from snnconv.rewrite.concats import concats
 from snnconv.rewrite.constants import casts, constants, sizes
 from snnconv.rewrite.in_place import in_place
 from snnconv.rewrite.islands import islands
@@ -21,7 +22,7 @@ from snnconv.rewrite.leaky import leaky
 from snnconv.rewrite.modules import AFFINE, Neurons, Rearrangement
 from snnconv.rewrite.norms import norms
 from snnconv.rewrite.pools import pools
-from snnconv.rewrite.rearrangements import rearrangements
+from snnconv.rewrite.rearrangements import rearrangements, views
 from snnconv.rewrite.splits import splits
 from snnconv.rewrite.tools import Values
 from snnconv.rewrite.upsampling import upsampling
@@ -30,8 +31,8 @@ __all__ = ["AFFINE", "Composite", "Neurons", "Rearrangement", "Values", "rewrite
 
 # In this order; each takes the graph and its values, and returns whether it changed anything.
 CHANGES = (
-    casts, sizes, constants, splits, norms, channels_last, rearrangements, pools, upsampling,
-    broadcasts, composites, arithmetic, leaky, islands,
+    views, casts, sizes, constants, splits, norms, channels_last, rearrangements, pools, upsampling,
+    broadcasts, composites, arithmetic, leaky, islands, concats,
 )  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def _needs_program(
     if name in RESHAPES:
         return len(out) != 1
     if name == "expand":
-        return shapes[0][0] != out[0]
+        return bool(shapes) and shapes[0][0] != out[0]
     if name == "cat":
         return bool(argument(node, 1, "dim", 0) % (len(out) + 1) != 1)
     if name == "getitem":

@@ -24,6 +24,20 @@ SHUFFLES = (
 )  # fmt: skip
 
 
+def views(module: fx.GraphModule, values: Values) -> bool:
+    """Write `view` as `reshape`: a tensor need not lie in memory as it does in the model."""
+    seen = [
+        node
+        for node in module.graph.nodes
+        if (node.op, node.target) == ("call_method", "view")
+        and len(node.args) > 1
+        and not isinstance(node.args[1], torch.dtype)
+    ]
+    for node in seen:
+        node.target = "reshape"
+    return bool(seen)
+
+
 def rearrangements(module: fx.GraphModule, values: Values) -> bool:
     """Put chains of reshapes and permutations that lead from an image to an image into one call."""
     changed = False

@@ -11,9 +11,17 @@ from snnconv.rewrite.tools import Values, argument, name_of
 SPLITS = ("split", "chunk", "tensor_split", "unbind", "split_with_sizes")
 
 
+# What takes a split as a whole.
+_JOINTS = ("cat", "concat", "concatenate", "stack")
+
+
 def splits(module: fx.GraphModule, values: Values) -> bool:
     """Write what is taken out of a split as the slice it is."""
     changed = False
+    for node in [n for n in module.graph.nodes if n.name in values.parts]:
+        for user in [u for u in node.users if u.args and u.args[0] is node]:
+            if name_of(module, user) in _JOINTS:
+                _take_apart(module, node, user, values)
     for node in list(module.graph.nodes):
         source = node.args[0] if node.args else None
         if node.target is not operator.getitem or not isinstance(source, fx.Node):
@@ -44,3 +52,14 @@ def splits(module: fx.GraphModule, values: Values) -> bool:
         module.graph.erase_node(node)
         changed = True
     return changed
+
+
+def _take_apart(module: fx.GraphModule, split: fx.Node, user: fx.Node, values: Values) -> None:
+    """Give a node that joins what a split yields the parts one by one."""
+    parts = []
+    with module.graph.inserting_before(user):
+        for index, shape in enumerate(values.parts[split.name]):
+            part = module.graph.call_function(operator.getitem, (split, index))
+            values.shapes[part.name] = shape[1:]
+            parts.append(part)
+    user.args = (parts, *user.args[1:])

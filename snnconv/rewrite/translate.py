@@ -185,11 +185,15 @@ class Program:
 
     def _cat(self, node: fx.Node, source: Any, out: tuple[int, ...]) -> str:
         parts: Any = argument(node, 0, "tensors")
+        if not isinstance(parts, (tuple, list)):
+            raise Unknown
         (axis,) = self._axes(parts[0], argument(node, 1, "dim", 0))
         return self.emit("concat", *parts, axis=axis)
 
     def _stack(self, node: fx.Node, source: Any, out: tuple[int, ...]) -> str:
         parts: Any = argument(node, 0, "tensors")
+        if not isinstance(parts, (tuple, list)):
+            raise Unknown
         axis = argument(node, 1, "dim", 0) % (len(out) + 1)
         if axis == 0:
             raise Unknown
