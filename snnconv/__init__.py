@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from snnconv.calibrate import calibrate_ as calibrate_
     from snnconv.checkpoint import load_network as load_network
     from snnconv.checkpoint import save_network as save_network
+    from snnconv.data import from_arrays as from_arrays
     from snnconv.data import open_data as open_data
     from snnconv.diagnosis import diagnose as diagnose
     from snnconv.engine import endpoint as endpoint
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from snnconv.pipeline import check_equal as check_equal
     from snnconv.pipeline import convert as convert
     from snnconv.plan import make_plan as make_plan
+    from snnconv.preprocess import Preprocessing as Preprocessing
     from snnconv.train import TrainSettings as TrainSettings
     from snnconv.train import retrain as retrain
 
@@ -37,7 +39,9 @@ __version__ = "0.1.0"
 # which would take its place as soon as it is imported.
 _PUBLIC = {
     "load_model": "snnconv.load",
+    "Preprocessing": "snnconv.preprocess",
     "open_data": "snnconv.data",
+    "from_arrays": "snnconv.data",
     "examine": "snnconv.examination",
     "convert": "snnconv.pipeline",
     "check_equal": "snnconv.pipeline",

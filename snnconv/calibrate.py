@@ -21,6 +21,7 @@ from snnconv.errors import DataError, UsageError
 from snnconv.ops import padded_channels, per_channel, rearranged_channels
 from snnconv.plan import Relay, Source
 from snnconv.quant import Branch, Island, Layer, Qann, quantize
+from snnconv.schedule import check_timesteps
 
 # Reconstruction comes after one of them.
 METHODS = tuple(name for name in CALIBRATIONS if name != "reconstruct")
@@ -118,9 +119,10 @@ def calibrate_(
     (its largest activation where that percentage of them is 0), `max` the layer's largest
     activation. A natural clip (ReLU6) is never exceeded. Populations
     that are silent get a clip of 1. That of a readout is for those who count its spikes: the
-    percentile, else its largest output. Raises UsageError for an unknown method or missing data,
-    DataError if there are no images.
+    percentile, else its largest output. Raises UsageError for a T out of range, an unknown method
+    or missing data, DataError if there are no images.
     """
+    check_timesteps(timesteps)
     if method not in METHODS:
         raise UsageError(f"unknown calibration {method!r}; choose from {', '.join(METHODS)}")
     if not 0 < percentile <= 100:
@@ -168,15 +170,17 @@ def _from_images(qann: Qann, batches: Iterable[Tensor]) -> dict[str, Histogram]:
     hooks = [island.register_forward_hook(observe_island) for island in qann.islands()]
 
     seen = 0
-    with torch.no_grad():
-        for images in batches:
-            outputs = qann(images, observe=observe)
-            for layer in qann.readouts():
-                output = outputs[layer.name].clamp_min(0)
-                histograms[layer.name].add(output.reshape(len(output), len(layer.clip), -1))
-            seen += len(images)
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.no_grad():
+            for images in batches:
+                outputs = qann(images, observe=observe)
+                for layer in qann.readouts():
+                    output = outputs[layer.name].clamp_min(0)
+                    histograms[layer.name].add(output.reshape(len(output), len(layer.clip), -1))
+                seen += len(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if not seen:
         raise DataError("calibration: no images; give at least one")
     return histograms

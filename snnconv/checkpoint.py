@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from snnconv.analog import FUNCTIONS
-from snnconv.choices import INITIAL_MEMBRANES, NEURONS
-from snnconv.errors import CheckpointError, UsageError, first_line
+from snnconv.errors import CheckpointError, first_line
 from snnconv.files import write_atomically
 from snnconv.network import (
     Image,
@@ -35,7 +34,6 @@ from snnconv.ops import Pool
 from snnconv.plan import Relay
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import reads
-from snnconv.schedule import SCHEDULES, check_timesteps
 
 FORMAT = 1
 SETTINGS = (
@@ -69,7 +67,7 @@ _SYNAPSES = {
 }
 
 
-def save_network(network: SpikingNetwork, path: Path, *, replace: bool = True) -> None:
+def save_network(network: SpikingNetwork, path: Path | str, *, replace: bool = True) -> None:
     """Write a network; the file appears whole or not at all, and the same network gives the same
     bytes. Raises UsageError if the file is there and not to be replaced.
     """
@@ -78,7 +76,7 @@ def save_network(network: SpikingNetwork, path: Path, *, replace: bool = True) -
     header, tensors = _contents(network)
     text = _canonical({**header, _HASH: _content_hash(header, tensors)})
     contents = to_bytes({k: v.contiguous() for k, v in tensors.items()}, {_KEY: text})
-    write_atomically(path, contents, replace=replace)
+    write_atomically(Path(path), contents, replace=replace)
 
 
 def sha256(network: SpikingNetwork) -> str:
@@ -111,7 +109,7 @@ def _content_hash(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_network(path: Path) -> SpikingNetwork:
+def load_network(path: Path | str) -> SpikingNetwork:
     """Rebuild a network from its file alone.
 
     Raises CheckpointError if the file is missing, damaged, no spiking checkpoint, of a newer
@@ -119,6 +117,7 @@ def load_network(path: Path) -> SpikingNetwork:
     """
     from safetensors import SafetensorError, safe_open
 
+    path = Path(path)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name a spiking checkpoint in it")
     if not path.is_file():
@@ -167,14 +166,6 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingNetwork:
-    check_timesteps(header["timesteps"])
-    for key, known in (
-        ("schedule", SCHEDULES),
-        ("neuron", NEURONS),
-        ("initial_membrane", INITIAL_MEMBRANES),
-    ):
-        if header[key] not in known:
-            raise UsageError(f"unknown {key} {header[key]!r}")
     nodes: list[Node] = []
     known_names: set[str] = set()
     for entry in header["graph"]:
@@ -191,8 +182,7 @@ def _from_header(header: dict[str, Any], tensors: dict[str, Tensor]) -> SpikingN
         Preprocessing.from_dict(header["preprocessing"]),
         **{key: header[key] for key in SETTINGS},
     )
-    network.timetable()
-    for name, kind in (("model", dict), ("provenance", dict), ("weight_bits", int)):
+    for name, kind in (("model", dict), ("provenance", dict)):
         if not isinstance(getattr(network, name), kind):
             raise ValueError(f"{name} is no {kind.__name__}")
     check_shapes(network)

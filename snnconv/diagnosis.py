@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from snnconv.divergence import divergence
 from snnconv.engine import Engine
+from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
 from snnconv.normalize import network_qann
 from snnconv.ops import per_channel
@@ -88,8 +89,13 @@ def diagnose(
     `pixels` are uint8 `[N, C, H, W]`, `runner` an engine for the network at the schedule's T. `ann`
     is the model the network was made from; without it, or where activations were replaced in it,
     errors are against the quantised ANN, and time is their only cause. Raises UsageError if `ann`
-    is of another architecture.
+    is of another architecture, there are no images, or the network has several outputs.
     """
+    if not len(pixels):
+        raise UsageError("a diagnosis takes at least one image")
+    if len(network.readouts) != 1:
+        names = ", ".join(r.name for r in network.readouts)
+        raise UsageError(f"a diagnosis is of one output, the network has {names}")
     if network.provenance.get("replaced_activations"):
         ann = None
     chain = _Chain(network, runner, schedule, ann, pixels.device)

@@ -22,6 +22,7 @@ from snnconv.graph import on_meta, trace
 from snnconv.network import count_dtype
 from snnconv.pipeline import check_fold
 from snnconv.plan import ConversionPlan, Island, Neurons, Output, Source, inputs_of, make_plan
+from snnconv.schedule import check_timesteps
 
 MIB = 2**20
 
@@ -132,8 +133,9 @@ def examine(
     """Plan the conversion of a model for images of `input_size` `(C, H, W)`.
 
     What is in the way is no error but among the `problems`; a `strict` conversion has analog
-    islands among them. Estimates are for `timesteps`.
+    islands among them. Estimates are for `timesteps`. Raises UsageError for a T out of range.
     """
+    check_timesteps(timesteps)
     plan = ConversionPlan([], [], {})
     problems: list[str] = []
     known = not on_meta(model)

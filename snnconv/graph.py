@@ -11,13 +11,17 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize, prune, remove_spectral_norm, remove_weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from snnconv.errors import NotConvertibleError, first_line
 from snnconv.rewrite import rewrite
@@ -103,6 +107,8 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
             model(example.clone())
     for hook in hooks:
         hook.remove()
+    for module in list(model.modules()):
+        _settle(module)
     # A module with several names stays one.
     replacements: dict[nn.Module, nn.Module] = {}
     for path, module in list(model.named_modules(remove_duplicate=False)):
@@ -124,6 +130,20 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
             return replacements[module]
         model.set_submodule(path, replacements[module])
     return model
+
+
+def _settle(module: nn.Module) -> None:
+    """Make weights that are computed in every pass (pruned, normalised) the parameters they are."""
+    for hook in list(module._forward_pre_hooks.values()):
+        if isinstance(hook, prune.BasePruningMethod):
+            prune.remove(module, hook._tensor_name)
+        elif isinstance(hook, WeightNorm):
+            remove_weight_norm(module, hook.name)
+        elif isinstance(hook, SpectralNorm):
+            remove_spectral_norm(module, hook.name)
+    if parametrize.is_parametrized(module):
+        for name in list(module.parametrizations):  # type: ignore[arg-type]
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 def _batch_norm_parts(module: Any) -> OrderedDict[str, nn.Module]:
@@ -161,7 +181,9 @@ def _standardised(module: Any) -> nn.Conv2d:
 
 
 def _plain_linear(module: nn.Linear) -> nn.Linear:
-    plain = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+    plain = nn.utils.skip_init(
+        nn.Linear, module.in_features, module.out_features, module.bias is not None
+    )
     plain.weight, plain.bias = module.weight, module.bias
     return plain
 
@@ -176,15 +198,35 @@ def _conv_mlp_parts(module: Any, size: tuple[int, int]) -> OrderedDict[str, nn.M
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
-    """Trace a model in eval mode for images of `input_size` `(C, H, W)`.
+    """Trace a model in eval mode, in float32, for images of `input_size` `(C, H, W)`.
 
     The traced graph is run beside the model, on noise, and must give the same outputs. A model on
-    torch's `meta` device, which has shapes and no numbers, is only held to the same shapes.
+    torch's `meta` device, which has shapes and no numbers, is only held to the same shapes. The
+    model itself stays as it is.
     Raises NotConvertibleError if the model cannot be traced, cannot take the input, or computes
     something else once traced.
     """
-    model = model.eval()
-    example = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
+    with evaluating(model):
+        return _trace(model, tuple(input_size))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode; afterwards every module is in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
+    if any(t.is_floating_point() and t.dtype != torch.float32 for t in model.state_dict().values()):
+        model = copy.deepcopy(model).float()
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(2, *input_size, generator=generator, dtype=torch.float32)
     if on_meta(model):
         example = example.to("meta")
     try:
@@ -195,6 +237,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
         raise NotConvertibleError(
             f"the network does not run on an input of {size}: {first_line(error)}"
         ) from error
+    _check_outputs(expected)
     try:
         expanded = expand_leaves(model, example).float()
         graph = _Tracer().trace(expanded, _defaults(expanded))
@@ -227,7 +270,22 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
             f"the traced network computes another {other} than the model: part of forward() runs "
             "outside what torch.fx sees"
         )
-    return Traced(traced, values.shapes, tuple(input_size), example)
+    return Traced(traced, values.shapes, input_size, example)
+
+
+def _check_outputs(outputs: dict[str, Any]) -> None:
+    """Raise NotConvertibleError unless a network returned tensors of numbers."""
+    for name, output in outputs.items():
+        if not isinstance(output, Tensor):
+            raise NotConvertibleError(
+                f"the network returns {name}, a {type(output).__name__}; return tensors, one or "
+                "several by name or in a row"
+            )
+        if not output.is_meta and not bool(output.isfinite().all()):
+            raise NotConvertibleError(
+                f"the network gives {name} that are no finite numbers, on random images; its "
+                "weights may be damaged"
+            )
 
 
 def on_meta(model: nn.Module) -> bool:

@@ -53,7 +53,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: str,
+    source: str | Path,
     *,
     arch: str | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -75,6 +75,7 @@ def load_model(
     from snnconv.model_zoo import register
 
     register()
+    source = str(source)
     args = {**(recipe.model_args if recipe else {}), **(model_args or {})}
     fallback = recipe.arch if recipe else None
     loaded = _load(source, arch, fallback, args, pretrained, shapes_only and not pretrained)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -328,7 +328,7 @@ def _squares(x: np.ndarray) -> int:
 def evaluate(
     network: SpikingNetwork,
     data: ImageData,
-    indices: np.ndarray,
+    indices: np.ndarray | Sequence[int],
     schedule: Schedule,
     *,
     engine: str = DEFAULT,
@@ -347,9 +347,11 @@ def evaluate(
     the paired difference. Otherwise they, `qann_float` and `checkpoint` are left None for the
     caller, who knows them. With `statistics` layers tell what their counts are, and operations and
     energy are counted. Raises UsageError if the network is no classifier or, with the engine
-    `endpoint`, does not end there under the schedule, DataError if the data do not fit it.
+    `endpoint`, does not end there under the schedule, or if there are no such images; DataError if
+    the data do not fit it.
     """
     readout = classes(network)
+    indices = _checked(indices, len(data))
     simulated = engine != ENDPOINT
     if not simulated and not (
         schedule.exact and (network.neuron == "signed" or schedule.name == "wait")
@@ -588,6 +590,17 @@ def _latency(schedule: Schedule, tally: _Tally) -> int:
     if schedule.drain is not None:
         return schedule.longest
     return schedule.steps_before_drain + max(int(d.max()) for d in tally.drains)
+
+
+def _checked(indices: np.ndarray | Sequence[int], images: int) -> np.ndarray:
+    found = np.asarray(indices)
+    if not len(found) or not np.issubdtype(found.dtype, np.integer):
+        raise UsageError(f"evaluate takes the numbers of images, not {len(found)} {found.dtype}")
+    if found.min() < 0 or found.max() >= images:
+        raise UsageError(
+            f"there are {images} images, from 0 on, none from {found.min()} to {found.max()}"
+        )
+    return found
 
 
 def classes(network: SpikingNetwork) -> Readout:

@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from snnconv.analog import LARGEST, compute, width
+from snnconv.choices import INITIAL_MEMBRANES, MAX_WEIGHT_BITS, MIN_WEIGHT_BITS, NEURONS
+from snnconv.errors import UsageError
 from snnconv.neuron import rounding_offset
 from snnconv.ops import Pool, constant, padded_channels, rearranged_channels, sum_pool
 from snnconv.plan import Key, Relay, Source
 from snnconv.preprocess import Preprocessing
 from snnconv.quant import Island as FloatIsland
 from snnconv.quant import apply_weight, only_logits, reads, relay
-from snnconv.schedule import Schedule
+from snnconv.schedule import SCHEDULES, Schedule, check_timesteps
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,27 @@ NONLINEAR = ("max_pool", "clamp")
 WIDEST_ISLAND = 2**28
 
 
+# Settings of a network that are names, and the names there are.
+KINDS = {"schedule": SCHEDULES, "neuron": NEURONS, "initial_membrane": INITIAL_MEMBRANES}
+
+
+def check_weight_bits(bits: int) -> None:
+    """Raise UsageError unless weights can have so many bits."""
+    if not (isinstance(bits, int) and MIN_WEIGHT_BITS <= bits <= MAX_WEIGHT_BITS):
+        raise UsageError(
+            f"--weight-bits must be between {MIN_WEIGHT_BITS} and {MAX_WEIGHT_BITS}, not {bits}"
+        )
+
+
+def check_settings(timesteps: int, weight_bits: int, **settings: Any) -> None:
+    """Raise UsageError for a T, bits or names that a network cannot have."""
+    check_timesteps(timesteps)
+    check_weight_bits(weight_bits)
+    for key, known in KINDS.items():
+        if settings.get(key, known[0]) not in known:
+            raise UsageError(f"unknown {key} {settings[key]!r}; choose from {', '.join(known)}")
+
+
 @dataclass(frozen=True)
 class SpikingNetwork:
     """An integer spiking network and what it was made for.
@@ -140,6 +163,14 @@ class SpikingNetwork:
     model: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Refuse settings there are none of."""
+        settings = {name: getattr(self, name) for name in KINDS}
+        check_settings(self.timesteps, self.weight_bits, **settings)
+        object.__setattr__(self, "timesteps", int(self.timesteps))
+        if self.readouts:
+            self.timetable()
+
     @property
     def populations(self) -> list[Population]:
         """Return the populations of neurons in topological order."""
@@ -159,6 +190,13 @@ class SpikingNetwork:
     def readouts(self) -> list[Readout]:
         """Return the named outputs."""
         return [n for n in self.nodes if isinstance(n, Readout)]
+
+    def readout(self, name: str) -> Readout:
+        """Return a named output. Raises UsageError if there is none of that name."""
+        found = {r.name: r for r in self.readouts}
+        if name not in found:
+            raise UsageError(f"there is no output {name!r}; the network has {', '.join(found)}")
+        return found[name]
 
     @property
     def rounding_offset(self) -> float:

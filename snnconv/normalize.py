@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snnconv.choices import MAX_WEIGHT_BITS, MIN_WEIGHT_BITS
+from snnconv.choices import MAX_WEIGHT_BITS
 from snnconv.errors import UsageError
 from snnconv.network import (
     Image,
@@ -28,6 +28,7 @@ from snnconv.network import (
     Readout,
     SpikingNetwork,
     Synapse,
+    check_weight_bits,
     count_values,
     depths,
 )
@@ -210,11 +211,7 @@ def _integer_layers(
 
     `values` are its `count_values`; their number type is the one it computes in.
     """
-    if not MIN_WEIGHT_BITS <= weight_bits <= MAX_WEIGHT_BITS:
-        raise UsageError(
-            f"--weight-bits must be between {MIN_WEIGHT_BITS} and {MAX_WEIGHT_BITS}, "
-            f"not {weight_bits}"
-        )
+    check_weight_bits(weight_bits)
     images, depth = image_carriers(qann), depths(qann.nodes)
     for layer in qann.weighted():
         yield _integers(layer, values, depth[layer.name], weight_bits, images, timesteps)

@@ -197,7 +197,7 @@ def _module(
         return _adaptive_max(inputs, shape, m.output_size)
     if kind is nn.Flatten:
         return _flatten(inputs, shape, m.start_dim, m.end_dim)
-    if isinstance(m, (nn.Identity, nn.Dropout, nn.Dropout2d)):
+    if isinstance(m, (nn.Identity, nn.modules.dropout._DropoutNd)):
         return Operation("identity", inputs)
     if kind in (nn.ZeroPad2d, nn.ConstantPad2d):
         return _pad(inputs, shape, list(m.padding), "constant", m.value)

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
-from snnconv.choices import DEFAULT_PERCENTILE, DEFAULT_TIMESTEPS, DEFAULT_WEIGHT_BITS
+from snnconv.choices import (
+    CALIBRATIONS,
+    DEFAULT_PERCENTILE,
+    DEFAULT_TIMESTEPS,
+    DEFAULT_WEIGHT_BITS,
+)
 from snnconv.compensation import compensate
 from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
-from snnconv.graph import Traced, differing_output, trace
-from snnconv.network import Island, SpikingNetwork
+from snnconv.graph import Traced, differing_output, on_meta, trace
+from snnconv.network import Island, SpikingNetwork, check_settings
 from snnconv.neuron import rounding_offset
 from snnconv.normalize import integerize, without_shortcut_normalization
 from snnconv.plan import ConversionPlan, make_plan
@@ -85,8 +90,21 @@ def convert(
     calibrated on, and `shortcut_normalization` can be left out, to see what it is good for.
     Functions that are no sum of spikes become analog islands, unless the conversion is `strict`.
     `settings` are further fields of SpikingNetwork (`schedule`, `neuron`, ...).
-    Raises NotConvertibleError, naming every reason, for a model that cannot become spiking.
+    Raises NotConvertibleError, naming every reason, for a model that cannot become spiking,
+    UsageError for settings there are none of, images of another kind and a model without weights,
+    DataError if there are no images to calibrate on.
     """
+    if calibration not in CALIBRATIONS:
+        known = ", ".join(CALIBRATIONS)
+        raise UsageError(f"unknown calibration {calibration!r}; choose from {known}")
+    check_settings(timesteps, weight_bits, **settings)
+    if on_meta(model):
+        raise UsageError(
+            "the model has shapes only (it is on torch's meta device); load its weights, or "
+            "`examine` it"
+        )
+    images = None if images is None else preprocessing.checked(images)
+    held_out = preprocessing.checked(held_out)
     progress("trace", 0, 1)
     traced = trace(model, preprocessing.input_size)
     plan = make_plan(traced)
@@ -164,7 +182,8 @@ def check_fold(traced: Traced, plan: ConversionPlan, qann: Qann) -> None:
     if name is not None:
         raise NotConvertibleError(
             f"the folded network computes another {name} than the model: a tensor is changed "
-            "in place (inplace=True, +=) while another layer still reads it; write it anew"
+            "in place (inplace=True, +=) while another layer still reads it (write it anew), or "
+            "a hook changes what a layer gives"
         )
 
 
@@ -179,7 +198,7 @@ def check_equal(
     """
     network = conversion.network
     integers = conversion.uncompensated or network
-    timesteps = timesteps or network.timesteps
+    timesteps = network.timesteps if timesteps is None else timesteps
     engine = prepare(integers, timesteps, device=pixels.device)
     end = engine.endpoint(pixels, maps=True)
     found = verify(
@@ -218,6 +237,8 @@ def float_qann(model: nn.Module, network: SpikingNetwork) -> Qann:
     layers = {layer.name: layer for layer in qann.populations()}
     if {n: len(c) for n, c in clips.items()} != {n: len(v.clip) for n, v in layers.items()}:
         raise UsageError("the ANN has other layers than the network the checkpoint was made from")
+    if {r.name: r.shape for r in network.readouts} != {r.name: r.shape for r in qann.readouts()}:
+        raise UsageError("the ANN has other outputs than the network the checkpoint was made from")
     for name, layer in layers.items():
         layer.clip.copy_(clips[name])
     units = {n.name: n.unit for n in network.nodes if isinstance(n, Island)}

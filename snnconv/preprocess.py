@@ -8,6 +8,7 @@ A network sees every image as 8-bit pixels `[N, C, H, W]`. The ANN normalises th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Refuse values no image could have."""
+        for name in ("input_size", "mean", "std"):
+            plain = (n.item() if hasattr(n, "item") else n for n in getattr(self, name))
+            object.__setattr__(self, name, tuple(plain))
         channels = self.input_size[0]
         if any(n < 1 for n in self.input_size):
             raise UsageError(f"preprocessing: there is no image of size {self.input_size}")
@@ -63,6 +67,29 @@ class Preprocessing:
     def zero_point(self) -> tuple[int, ...]:
         """Return the pixel value per channel that the spiking network counts as zero."""
         return tuple(int(255 * m + 0.5) for m in self.mean)
+
+    def check(self, pixels: Tensor) -> None:
+        """Raise UsageError unless pixels are images uint8 `[N, C, H, W]` of the input size."""
+        import torch
+
+        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
+            kind = getattr(pixels, "dtype", type(pixels).__name__)
+            raise UsageError(
+                f"images are tensors of uint8 pixels [N, C, H, W], 0 to 255, not {kind}; they are "
+                "normalised here"
+            )
+        if tuple(pixels.shape[1:]) != self.input_size:
+            raise UsageError(
+                f"the network takes batches of images of {'x'.join(map(str, self.input_size))}, "
+                f"not {'x'.join(map(str, pixels.shape[1:]))}"
+            )
+
+    def checked(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the batches that have images; raise UsageError for what are none."""
+        for pixels in batches:
+            self.check(pixels)
+            if len(pixels):
+                yield pixels
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Return `(pixels/255 - mean)/std` of uint8 `[N, C, H, W]`, the ANN's input, float32.

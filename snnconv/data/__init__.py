@@ -20,6 +20,7 @@ __all__ = [
     "check_labels",
     "choose_indices",
     "default_batch",
+    "from_arrays",
     "open_data",
     "open_held_out",
 ]
@@ -68,7 +69,7 @@ def check_labels(
 
 
 def open_data(
-    source: str, split: str, *, calibration_images: int = 1000, seed: int = 0
+    source: str | Path, split: str, *, calibration_images: int = 1000, seed: int = 0
 ) -> ImageData:
     """Open one split (`train` or `test`) of a data set.
 
@@ -83,7 +84,7 @@ def open_data(
     """
     if split not in SPLITS:
         raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
-    parts = _parts(source)
+    parts = _parts(str(source))
     if set(parts) == set(SPLITS):
         return parts[split]
     ((given, whole),) = parts.items()

@@ -37,10 +37,32 @@ def from_arrays(
     labels: np.ndarray,
     class_names: tuple[str, ...] | None = None,
 ) -> ImageData:
-    """Wrap images uint8 `[N, H, W, C]` and labels `[N]`."""
+    """Take images uint8 `[N, H, W, C]` or `[N, H, W]` and integer labels `[N]` for a split.
+
+    `name` is what reports call the data. Raises DataError for other arrays.
+    """
+    images, labels = np.asarray(images), np.asarray(labels)
+    _check(name, images, labels)
+    images = images.reshape(*images.shape[:3], -1)
     return ImageData(
         name, split, ArrayImages(name, images), labels.astype(np.int64), class_names or None
     )
+
+
+def _check(where: Path | str, images: np.ndarray, labels: np.ndarray) -> None:
+    """Raise DataError unless arrays are images and their labels; `where` they are from."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise DataError(
+            f"{where}: images must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} "
+            f"{list(images.shape)}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise DataError(
+            f"{where}: labels must be {len(images)} integers, not {labels.dtype} "
+            f"{list(labels.shape)}"
+        )
+    if not images.size:
+        raise DataError(f"{where}: holds no images")
 
 
 def _npz_files(folder: Path) -> dict[str, ImageData]:
@@ -65,20 +87,9 @@ def read_npz(path: Path, name: str, split: str) -> ImageData:
         raise DataError(f"{path}: damaged or no .npz file ({error})") from error
     if names is not None and names.ndim != 1:
         raise DataError(f"{path}: class_names must be one text per class")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise DataError(
-            f"{path}: images must be uint8 [N, H, W, C] or [N, H, W], not {images.dtype} "
-            f"{list(images.shape)}"
-        )
-    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"{path}: labels must be {len(images)} integers, not {labels.dtype} "
-            f"{list(labels.shape)}"
-        )
-    if not images.size:
-        raise DataError(f"{path}: holds no images")
+    _check(path, images, labels)
     class_names = None if names is None else tuple(map(str, names))
-    return from_arrays(name, split, images.reshape(*images.shape[:3], -1), labels, class_names)
+    return from_arrays(name, split, images, labels, class_names)
 
 
 def _refuse_bomb(path: Path) -> None:

@@ -17,7 +17,7 @@ from snnconv.engine import counts, native, reference
 from snnconv.engine.trace import Endpoint, Trace
 from snnconv.errors import UsageError
 from snnconv.network import SpikingNetwork
-from snnconv.schedule import Schedule
+from snnconv.schedule import Schedule, check_timesteps
 
 __all__ = [
     "DEFAULT",
@@ -62,8 +62,11 @@ def prepare(
 ) -> Engine:
     """Make an engine ready, for as many batches as there are.
 
-    Raises UsageError for an unknown engine, or one that cannot run this network here.
+    Raises UsageError for an unknown engine, or one that cannot run this network here, and for a T
+    or a device there is not.
     """
+    check_timesteps(timesteps)
+    _check_device(device)
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
     if engine in ("auto", "native"):
@@ -74,6 +77,15 @@ def prepare(
             raise UsageError(f"{refused}; take --engine counts")
     kind = reference.Engine if engine == "reference" else counts.Engine
     return kind(network, timesteps, device)
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError(f"there is no kind of device {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device here; take the device 'cpu'")
 
 
 def simulate(

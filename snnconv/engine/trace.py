@@ -20,10 +20,11 @@ class Trace:
 
     `charges` hold per readout the accumulated charge after each step, `[steps, N, ...]`, and
     `bias_steps` how many times its bias was in it. `counts` are the final counts per population,
-    `[N, ...]`; `spikes` the number of positive and negative spikes per population and image,
-    `[N, 2]`. `last_spike` is the step of each image's last spike, 0 if there was none, `[N]`.
-    `events`, if asked for, are per node of `SpikingNetwork.eventful` how often each of its counts
-    has moved up or down by one, in all images together, int64 `[*shape]`.
+    `[N, ...]`, of the engine's type (uint8 wraps around in differences); `spikes` the number of
+    positive and negative spikes per population and image, `[N, 2]`. `last_spike` is the step of
+    each image's last spike, 0 if there was none, `[N]`. `events`, if asked for, are per node of
+    `SpikingNetwork.eventful` how often each of its counts has moved up or down by one, in all
+    images together, int64 `[*shape]`.
 
     An image that is quiet is not affected by others of its batch that are not: its charges
     simply stay as they are.
@@ -57,7 +58,7 @@ class Trace:
 
         Not-a-number before the readout's first active step.
         """
-        (readout,) = (r for r in network.readouts if r.name == name)
+        readout = network.readout(name)
         injected = torch.tensor(self.bias_steps[name], dtype=torch.float64)
         divisor = torch.where(injected > 0, injected, torch.nan)
         charge = self.charges[name].double()
@@ -70,7 +71,7 @@ class Trace:
         where they are equal, the membranes tell. None if the readout has no threshold, and under
         other schedules than `paper`: these neurons would settle long after the others.
         """
-        (readout,) = (r for r in network.readouts if r.name == name)
+        readout = network.readout(name)
         if readout.threshold is None or self.schedule.name != "paper":
             return None
         charges = self.charges[name]
@@ -89,7 +90,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where every exact schedule ends: final counts and readout charges, integers `[N, ...]`."""
+    """Where every exact schedule ends: final counts and readout charges, integers `[N, ...]`.
+
+    Their types are the engine's: counts may be uint8, of which differences wrap around.
+    """
 
     timesteps: int
     counts: dict[str, Tensor]
@@ -97,7 +101,7 @@ class Endpoint:
 
     def logits(self, network: SpikingNetwork, name: str) -> Tensor:
         """Return a readout, float64 `[N, ...]`."""
-        (readout,) = (r for r in network.readouts if r.name == name)
+        readout = network.readout(name)
         return readout.unit * self.charges[name].double() / self.timesteps
 
 
@@ -111,14 +115,7 @@ def check_schedule(network: SpikingNetwork, timesteps: int, schedule: Schedule) 
 
 
 def check_images(network: SpikingNetwork, pixels: Tensor) -> None:
-    """Raise UsageError unless pixels are images `[N, C, H, W]` of the size the network takes."""
-    if pixels.dtype != torch.uint8 or not len(pixels):
-        raise UsageError(
-            f"an engine takes at least one image of uint8, not {len(pixels)} of {pixels.dtype}"
-        )
-    expected = network.preprocessing.input_size
-    if tuple(pixels.shape[1:]) != tuple(expected):
-        raise UsageError(
-            f"the network takes images of {'x'.join(map(str, expected))}, "
-            f"not {'x'.join(map(str, pixels.shape[1:]))}"
-        )
+    """Raise UsageError unless pixels are one image or more of the kind the network takes."""
+    network.preprocessing.check(pixels)
+    if not len(pixels):
+        raise UsageError("an engine takes at least one image")

@@ -10,8 +10,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from snnconv.data import ImageData, choose_indices
+from snnconv.data import ImageData, check_labels, choose_indices
 from snnconv.errors import DataError
 from snnconv.finetune.agreement import Agreement
 from snnconv.finetune.course import CACHE_BYTES, SCHEDULE, Course
@@ -148,10 +149,14 @@ def tune(
 
     `data` is a training split; `options` are those of `Finetuning`. Returns the tuned network,
     which runs under `paper`; what became of each layer stands in its provenance, `finetuning`.
+    Raises UsageError for settings that do not go together, DataError for data that do not fit.
     """
-    tuning = Finetuning(network, data, settings or FinetuneSettings(), **options)
-    for _ in tuning.run():
-        pass
+    if (logits := network.logits) is not None:
+        check_labels(data, logits.shape[0], network.model.get("class_names"))
+    with torch.enable_grad():
+        tuning = Finetuning(network, data, settings or FinetuneSettings(), **options)
+        for _ in tuning.run():
+            pass
     return tuning.tuned
 
 

@@ -9,21 +9,23 @@ is trained is the one that is stored. See docs/concepts.md, "Retraining".
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from snnconv.calibrate import calibrate_
 from snnconv.choices import DEFAULT_PERCENTILE, DEFAULT_WEIGHT_BITS
-from snnconv.data import ImageData
+from snnconv.data import ImageData, check_labels
 from snnconv.errors import UsageError
-from snnconv.graph import Traced
+from snnconv.graph import Traced, evaluating
 from snnconv.network import SpikingNetwork
 from snnconv.neuron import rounding_offset
 from snnconv.plan import ConversionPlan
 from snnconv.preprocess import Preprocessing
-from snnconv.quant import Qann
+from snnconv.quant import Qann, only_logits
 from snnconv.train.loop import Training
 from snnconv.train.settings import TrainSettings
 from snnconv.train.student import Student
@@ -63,10 +65,13 @@ def retrain(
     of the same ANN to begin with, clips and all (`snnconv.train.warm_start`), which `images` are
     for, too; `started_from` names it. `options` are those of `Training`. Returns settings and what
     was chosen, as plain JSON values, for the provenance. With `functools.partial` this is the
-    `retrain` of `snnconv.convert`.
+    `retrain` of `snnconv.convert`. Raises UsageError for settings that do not go together,
+    DataError for data that do not fit the network, and what `Training.run` raises.
     """
 
     settings = settings or TrainSettings()
+    if (logits := only_logits(qann.readouts())) is not None:
+        check_labels(data, math.prod(logits.shape))
     if start is not None:
         pixels = images()
         if pixels is None:
@@ -78,6 +83,9 @@ def retrain(
         batches = (preprocessing.normalize(p) for p in images() or ())
         offset = rounding_offset(initial_membrane)
         calibrate_(qann, batches, settings.stages[0], calibration, percentile, offset=offset)
-    student = Student(traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane)
-    training = Training(student, teacher, data, settings, **options)
-    return {**training.run(resume), "teacher": taught_by, "started_from": started_from}
+    with torch.enable_grad(), evaluating(teacher):
+        student = Student(
+            traced, plan, qann, preprocessing, timesteps, weight_bits, initial_membrane
+        )
+        training = Training(student, teacher, data, settings, **options)
+        return {**training.run(resume), "teacher": taught_by, "started_from": started_from}
