@@ -268,7 +268,7 @@ def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
     if other is not None:
         raise NotConvertibleError(
             f"the traced network computes another {other} than the model: part of forward() runs "
-            "outside what torch.fx sees"
+            "outside what torch.fx sees, or changes a tensor in place that has another name too"
         )
     return Traced(traced, values.shapes, input_size, example)
 
