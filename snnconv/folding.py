@@ -114,7 +114,7 @@ class Folder:
 
     def constant(self, value: float, *shape: int) -> Tensor:
         """Return a tensor of one value where the parameters are."""
-        device = self.traced.example.device
+        device = next(self.traced.module.parameters(), self.traced.example).device
         return torch.full(shape, value, dtype=self.dtype, device=device)
 
     def weight(self, term: Term, rows: int) -> Tensor:
@@ -130,7 +130,7 @@ class Folder:
 
     def branch(self, term: Term, rows: int) -> Branch:
         """Describe one term, with its weight."""
-        kind, attributes, statistics, norm = "scale", {}, None, ""
+        kind, attributes, statistics, norm, part_of = "scale", {}, None, "", ""
         pools = []
         for name in self.names(term):
             operation = self.operation(name)
@@ -140,10 +140,20 @@ class Folder:
                 pools.append(operation.attributes["pool"])
             else:
                 kind, attributes = operation.kind, operation.attributes
+                part_of = getattr(operation.module, "part_of", "")
         weight = self.weight(term, rows)
         shift = self.shift(term, rows)
         return Branch(
-            term.source, term.key, kind, weight, shift, attributes, tuple(pools), statistics, norm
+            term.source,
+            term.key,
+            kind,
+            weight,
+            shift,
+            attributes,
+            tuple(pools),
+            statistics,
+            norm,
+            part_of,
         )
 
     def shift(self, term: Term, rows: int) -> Tensor:

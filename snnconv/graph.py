@@ -95,7 +95,7 @@ def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
     from timm.layers.norm_act import FrozenBatchNormAct2d
     from timm.models.vgg import ConvMlp
 
-    model = copy.deepcopy(model)
+    model = _copied(model)
     sizes: dict[nn.Module, tuple[int, int]] = {}
     hooks = [
         module.register_forward_pre_hook(lambda m, x: sizes.update({m: x[0].shape[-2:]}))
@@ -198,7 +198,7 @@ def _conv_mlp_parts(module: Any, size: tuple[int, int]) -> OrderedDict[str, nn.M
 
 
 def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
-    """Trace a model in eval mode, in float32, for images of `input_size` `(C, H, W)`.
+    """Trace a model in eval mode, in float32 on the CPU, for images of `input_size` `(C, H, W)`.
 
     The traced graph is run beside the model, on noise, and must give the same outputs. A model on
     torch's `meta` device, which has shapes and no numbers, is only held to the same shapes. The
@@ -208,6 +208,19 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Traced:
     """
     with evaluating(model):
         return _trace(model, tuple(input_size))
+
+
+def _elsewhere(tensor: Tensor) -> bool:
+    """Return whether a tensor is on a device that computes, or of floats of another size."""
+    other = tensor.is_floating_point() and tensor.dtype != torch.float32
+    return not tensor.is_meta and (other or tensor.device.type != "cpu")
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy; weights that were computed in a pass with gradients are copied without."""
+    held = [t for m in model.modules() for t in vars(m).values() if isinstance(t, Tensor)]
+    memo = {id(t): t.detach().clone() for t in held if t.grad_fn is not None}
+    return copy.deepcopy(model, memo)
 
 
 @contextmanager
@@ -223,8 +236,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
-    if any(t.is_floating_point() and t.dtype != torch.float32 for t in model.state_dict().values()):
-        model = copy.deepcopy(model).float()
+    if any(_elsewhere(tensor) for tensor in model.state_dict().values()):
+        model = _copied(model).to("cpu", torch.float32)
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, *input_size, generator=generator, dtype=torch.float32)
     if on_meta(model):

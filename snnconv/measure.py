@@ -598,7 +598,8 @@ def _checked(indices: np.ndarray | Sequence[int], images: int) -> np.ndarray:
         raise UsageError(f"evaluate takes the numbers of images, not {len(found)} {found.dtype}")
     if found.min() < 0 or found.max() >= images:
         raise UsageError(
-            f"there are {images} images, from 0 on, none from {found.min()} to {found.max()}"
+            f"images are numbered 0 to {images - 1}, there is none of the number "
+            f"{found.min() if found.min() < 0 else found.max()}"
         )
     return found
 

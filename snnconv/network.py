@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ KINDS = {"schedule": SCHEDULES, "neuron": NEURONS, "initial_membrane": INITIAL_M
 
 def check_weight_bits(bits: int) -> None:
     """Raise UsageError unless weights can have so many bits."""
-    if not (isinstance(bits, int) and MIN_WEIGHT_BITS <= bits <= MAX_WEIGHT_BITS):
+    if not (isinstance(bits, Integral) and MIN_WEIGHT_BITS <= bits <= MAX_WEIGHT_BITS):
         raise UsageError(
             f"--weight-bits must be between {MIN_WEIGHT_BITS} and {MAX_WEIGHT_BITS}, not {bits}"
         )
@@ -167,7 +168,8 @@ class SpikingNetwork:
         """Refuse settings there are none of."""
         settings = {name: getattr(self, name) for name in KINDS}
         check_settings(self.timesteps, self.weight_bits, **settings)
-        object.__setattr__(self, "timesteps", int(self.timesteps))
+        for name in ("timesteps", "weight_bits"):
+            object.__setattr__(self, name, int(getattr(self, name)))
         if self.readouts:
             self.timetable()
 
@@ -351,6 +353,16 @@ def _relay_values(node: Relay, inputs: list[tuple[Tensor, Tensor]]) -> tuple[Ten
         pool = node.attributes["pool"]
         return worth / pool.lcm, constant * (pool.largest_sum / pool.lcm)
     return worth, constant
+
+
+def wiring(layers: Iterable[Any]) -> dict[str, list[Any]]:
+    """Describe what every layer, of a QANN or a network, reads, and by what kind of weights."""
+    return {
+        layer.name: [
+            (b.source, b.kind, tuple(b.weight.shape), b.attributes) for b in layer.branches
+        ]
+        for layer in layers
+    }
 
 
 def count_dtype(low: int, high: int) -> torch.dtype:

@@ -448,10 +448,20 @@ def without_shortcut_normalization(qann: Qann, preprocessing: Preprocessing) -> 
     for layer in copied.populations():
         depth[layer.name] += 1  # that of what reads it
     for layer in copied.populations():
-        deepest = max(depth[branch.source] for branch in layer.branches)
+        # Parts of one of the ANN's layers are as deep as the deepest of them.
+        ends: dict[Any, int] = {}
+        for branch in layer.branches:
+            whole = branch.part_of or branch.key
+            ends[whole] = max(ends.get(whole, 0), depth[branch.source])
+        deepest = max(ends.values())
         for branch, weight in zip(layer.branches, layer.weights, strict=True):
-            if depth[branch.source] == deepest:
+            if ends[branch.part_of or branch.key] == deepest:
                 continue
+            if branch.part_of:
+                raise UsageError(
+                    f"{layer.path}: a projection of several tensors, whose normalisation cannot be "
+                    "taken back"
+                )
             if branch.kind == "scale":
                 worth = values[branch.source][0]
                 factor = torch.where(worth > 0, layer.clip / worth, 0.0)

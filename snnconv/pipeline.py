@@ -22,7 +22,7 @@ from snnconv.engine import prepare
 from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
 from snnconv.folding import fold
 from snnconv.graph import Traced, differing_output, on_meta, trace
-from snnconv.network import Island, SpikingNetwork, check_settings
+from snnconv.network import Island, SpikingNetwork, check_settings, wiring
 from snnconv.neuron import rounding_offset
 from snnconv.normalize import integerize, without_shortcut_normalization
 from snnconv.plan import ConversionPlan, make_plan
@@ -233,14 +233,14 @@ def float_qann(model: nn.Module, network: SpikingNetwork) -> Qann:
     """
     traced = trace(model, network.preprocessing.input_size)
     qann = fold(traced, make_plan(traced))
+    if wiring(network.weighted) != wiring(qann.weighted()):
+        raise UsageError(
+            "the ANN has other layers than the network the checkpoint was made from, or an older "
+            "snnconv took them otherwise: convert it again"
+        )
     clips = {p.name: p.clip for p in network.populations}
-    layers = {layer.name: layer for layer in qann.populations()}
-    if {n: len(c) for n, c in clips.items()} != {n: len(v.clip) for n, v in layers.items()}:
-        raise UsageError("the ANN has other layers than the network the checkpoint was made from")
-    if {r.name: r.shape for r in network.readouts} != {r.name: r.shape for r in qann.readouts()}:
-        raise UsageError("the ANN has other outputs than the network the checkpoint was made from")
-    for name, layer in layers.items():
-        layer.clip.copy_(clips[name])
+    for layer in qann.populations():
+        layer.clip.copy_(clips[layer.name])
     units = {n.name: n.unit for n in network.nodes if isinstance(n, Island)}
     for island in qann.islands():
         island.unit.copy_(units[island.name])

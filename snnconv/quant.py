@@ -105,7 +105,7 @@ class Branch:
     identity shortcut or a lone BatchNorm). `shift` `[C]` is the part of the layer's bias that the
     ANN adds to this branch alone. `pools` are averaged over afterwards. `statistics` are mean and
     standard deviation per row where a BatchNorm, the node `norm`, tells them: of the sum of all
-    branches that pass it.
+    branches that pass it. `part_of` names the ANN's layer where it is but a part of one.
     """
 
     source: str
@@ -117,6 +117,7 @@ class Branch:
     pools: tuple[Pool, ...] = ()
     statistics: tuple[Tensor, Tensor] | None = None
     norm: str = ""
+    part_of: str = ""
 
 
 def apply_weight(kind: str, attributes: dict[str, Any], weight: Tensor, x: Tensor) -> Tensor:

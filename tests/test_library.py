@@ -150,6 +150,22 @@ def test_outputs_that_are_no_tensors_are_a_problem(what: Any, reason: str) -> No
         snnconv.convert(Returning(what).eval(), PREPROCESSING, [images(6)])
 
 
+def test_a_pruned_model_of_doubles() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 4)).double()
+    pruned(model[0])
+    assert not snnconv.examine(model, PREPROCESSING.input_size).problems
+
+
+def test_tensors_are_made_where_the_parameters_are() -> None:
+    from snnconv.folding import Folder
+
+    traced = snnconv.trace(build("residual"), PREPROCESSING.input_size)
+    folder = Folder(traced, snnconv.make_plan(traced), torch.float32)
+    traced.module.to("meta")
+    for weights, bias in folder.tensors():
+        assert all(tensor.is_meta for tensor in (*weights, bias))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_models_of_other_float_types(dtype: torch.dtype) -> None:
     model = build("residual").to(dtype)
@@ -211,8 +227,8 @@ def test_paths_are_texts_or_paths(tmp_path: Path) -> None:
     [
         ([], "not 0"),
         (np.zeros(6, bool), "bool"),
-        ([0, 6], "there are 6 images"),
-        ([-1], "there are 6 images"),
+        ([0, 6], "numbered 0 to 5, there is none of the number 6"),
+        ([-1], "number -1"),
     ],
 )
 def test_images_that_are_not_there_are_not_evaluated(indices: Any, reason: str) -> None:
@@ -240,7 +256,7 @@ def test_an_ann_of_other_classes_is_no_reference() -> None:
     other = build("residual")
     other.head = nn.Linear(12, 9)
     engine = snnconv.prepare(network, network.timesteps)
-    with pytest.raises(UsageError, match="other outputs"):
+    with pytest.raises(UsageError, match="other layers"):
         snnconv.diagnose(network, engine, images(2), network.timetable(), other)
 
 

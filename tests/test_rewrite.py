@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from networks import PREPROCESSING, images
 from torch import Tensor, nn
 
+from snnconv import rewrite
 from snnconv.engine import endpoint
-from snnconv.errors import NotConvertibleError
+from snnconv.errors import NotConvertibleError, UsageError
 from snnconv.graph import trace
 from snnconv.operations import describe
-from snnconv.pipeline import check_equal, convert
+from snnconv.pipeline import check_equal, convert, float_qann
 from snnconv.rewrite import AFFINE
 
 
@@ -236,6 +237,9 @@ JOINS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int | None]] = {
             [torch.cat([F.avg_pool2d(x, 3, 1, 1), x], 1), F.avg_pool2d(x, 7, 1, 3)], 1
         ), 24
     ),
+    "averages of two sizes, side by side": (
+        lambda x, _: torch.cat([F.avg_pool2d(x, 3, 1, 1), F.avg_pool2d(x, 11, 1, 5)], 1), 16
+    ),
     "upsampled by lines": (
         lambda x, _: torch.cat([
             F.interpolate(F.max_pool2d(x, 4), (12, 12), mode="bilinear"), x
@@ -273,6 +277,74 @@ def test_a_layer_called_twice_keeps_one_set_of_weights_for_each_part() -> None:
     traced = trace(Twice().eval(), PREPROCESSING.input_size).module
     layers = [m for m in traced.modules() if isinstance(m, nn.Conv2d)]
     assert [m.in_channels for m in layers] == [3, 4, 4]
+
+
+class Mixed(nn.Module):
+    """An image and an average of it, side by side, and a body that reads them."""
+
+    def __init__(self, body: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, padding=1), body
+        self.first, self.second = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.last_axis = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        mixed = torch.cat([x, F.avg_pool2d(x, 3, 1, 1)], 1)
+        return F.relu(self.body(self, x, mixed)).mean((2, 3))
+
+
+def test_a_layer_that_reads_something_else_too_stays_whole() -> None:
+    model = Mixed(lambda n, x, mixed: n.first(mixed) + n.first(torch.cat([x, x], 1))).eval()
+    traced = trace(model, PREPROCESSING.input_size).module
+    assert isinstance(traced.get_submodule("first"), nn.Conv2d)
+    assert check_equal(convert(model, PREPROCESSING, [images(6)]), images(3))[0].equal
+
+
+def test_layers_that_read_the_same_parts_share_them() -> None:
+    model = Mixed(lambda n, x, mixed: n.first(mixed) + n.second(mixed)).eval()
+    nodes = trace(model, PREPROCESSING.input_size).module.graph.nodes
+    assert not [n for n in nodes if n.target is torch.cat]
+    assert len([n for n in nodes if n.name.startswith("avg_pool2d")]) == 1
+
+
+def test_a_layer_over_another_axis_is_refused_as_before() -> None:
+    model = Mixed(lambda n, x, mixed: n.last_axis(mixed)).eval()
+    with pytest.raises(NotConvertibleError) as caught:
+        convert(model, PREPROCESSING, calibration="bn")
+    assert any("a linear layer over" in problem for problem in caught.value.problems)
+
+
+def test_a_split_is_joined_by_keyword() -> None:
+    body = lambda n, x, mixed: n.first(torch.cat(tensors=mixed.chunk(2, 1), dim=1))  # noqa: E731
+    conversion = convert(Mixed(body).eval(), PREPROCESSING, [images(6)])
+    assert check_equal(conversion, images(3))[0].equal
+
+
+def test_parts_of_a_layer_are_no_shortcuts() -> None:
+    model = Mixed(
+        lambda n, x, mixed: n.first(
+            torch.cat([F.avg_pool2d(x, 3, 1, 1), F.relu(n.second(mixed))], 1)
+        )
+    ).eval()
+    model.first = nn.Conv2d(8, 4, 1)
+    plain, ablated = (
+        convert(model, PREPROCESSING, [images(6)], shortcut_normalization=s) for s in (True, False)
+    )
+    for a, b in zip(plain.network.weighted, ablated.network.weighted, strict=True):
+        assert all(
+            torch.equal(x.weight, y.weight) for x, y in zip(a.branches, b.branches, strict=True)
+        )
+
+
+def test_a_checkpoint_from_before_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Mixed(lambda n, x, mixed: n.first(mixed)).eval()
+    passes = [change for change in rewrite.CHANGES if change.__name__ != "concats"]
+    with monkeypatch.context() as before:
+        before.setattr(rewrite, "CHANGES", passes)
+        network = convert(model, PREPROCESSING, [images(6)]).network
+    with pytest.raises(UsageError, match="convert it again"):
+        float_qann(model, network)
 
 
 def test_a_parameter_that_is_used_as_it_is_stays_the_one_it_is() -> None:

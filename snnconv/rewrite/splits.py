@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from snnconv.rewrite.tools import Values, argument, name_of
+from snnconv.rewrite.tools import Values, argument, name_of, put_in_place
 
 SPLITS = ("split", "chunk", "tensor_split", "unbind", "split_with_sizes")
 
@@ -19,9 +19,10 @@ def splits(module: fx.GraphModule, values: Values) -> bool:
     """Write what is taken out of a split as the slice it is."""
     changed = False
     for node in [n for n in module.graph.nodes if n.name in values.parts]:
-        for user in [u for u in node.users if u.args and u.args[0] is node]:
-            if name_of(module, user) in _JOINTS:
+        for user in list(node.users):
+            if name_of(module, user) in _JOINTS and argument(user, 0, "tensors") is node:
                 _take_apart(module, node, user, values)
+                changed = True
     for node in list(module.graph.nodes):
         source = node.args[0] if node.args else None
         if node.target is not operator.getitem or not isinstance(source, fx.Node):
@@ -62,4 +63,4 @@ def _take_apart(module: fx.GraphModule, split: fx.Node, user: fx.Node, values: V
             part = module.graph.call_function(operator.getitem, (split, index))
             values.shapes[part.name] = shape[1:]
             parts.append(part)
-    user.args = (parts, *user.args[1:])
+    put_in_place(user, split, parts)

@@ -45,7 +45,8 @@ class _Norm:
 class BatchNorms:
     """The BatchNorms that can be given a batch's statistics: each behind one branch alone.
 
-    Those over sums, behind a pooling or serving several layers stay as in inference.
+    Those over sums (such as layers that were written apart, `snnconv.rewrite.concats`), behind a
+    pooling or serving several layers stay as in inference.
     """
 
     def __init__(self, folder: Folder) -> None:

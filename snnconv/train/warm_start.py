@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from snnconv.errors import UsageError
 from snnconv.folding import Folder
 from snnconv.graph import Traced
-from snnconv.network import Population, SpikingNetwork, count_values
+from snnconv.network import Population, SpikingNetwork, count_values, wiring
 from snnconv.normalize import network_qann, source_constants, times_inputs
 from snnconv.operations import Operation
 from snnconv.plan import ConversionPlan, Term
@@ -67,17 +66,12 @@ def _require_alike(qann: Qann, preprocessing: Preprocessing, network: SpikingNet
     """Raise UsageError for a spiking network that was not made from this ANN."""
     if network.preprocessing != preprocessing:
         raise UsageError("the network to start from prepares its images otherwise")
-    theirs = {node.name: _described(node.branches) for node in network.weighted}
-    ours = {layer.name: _described(layer.branches) for layer in qann.weighted()}
+    theirs, ours = wiring(network.weighted), wiring(qann.weighted())
     different = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     if different or [n.name for n in qann.islands()] != [n.name for n in network.islands]:
         raise UsageError(
             "the network to start from was made from another one", different[:3] or ["its islands"]
         )
-
-
-def _described(branches: Iterable[Any]) -> list[Any]:
-    return [(b.source, b.kind, tuple(b.weight.shape), b.attributes) for b in branches]
 
 
 def _in_float(qann: Qann, preprocessing: Preprocessing, network: SpikingNetwork) -> Qann:
