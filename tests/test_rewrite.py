@@ -327,7 +327,6 @@ def test_parts_of_a_layer_are_no_shortcuts() -> None:
             torch.cat([F.avg_pool2d(x, 3, 1, 1), F.relu(n.second(mixed))], 1)
         )
     ).eval()
-    model.first = nn.Conv2d(8, 4, 1)
     plain, ablated = (
         convert(model, PREPROCESSING, [images(6)], shortcut_normalization=s) for s in (True, False)
     )
