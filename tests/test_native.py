@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from snnconv.engine import counts, endpoint, kernels, native, prepare, selfcheck, simulate
 from snnconv.engine.reference import Engine as Reference
 from snnconv.errors import UsageError
-from snnconv.network import SpikingNetwork
+from snnconv.network import Population, SpikingNetwork
 from snnconv.normalize import with_settings
 from snnconv.pipeline import convert
 from snnconv.preprocess import Preprocessing
@@ -242,17 +243,24 @@ def test_a_window_that_stays_too_long_is_noticed(monkeypatch: pytest.MonkeyPatch
     assert differences(engine.simulate(images(3), timetable), truth)
 
 
-def test_what_the_engine_cannot_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_engine_cannot_do_is_refused() -> None:
     net = selfcheck.sample()
     assert native.refusal(net, 8, "cpu") is None
     assert "CPUs only" in str(native.refusal(net, 8, "cuda"))
-    assert "do not fit into the native engine's 32 bits" in str(native.refusal(net, 20000, "cpu"))
-    with pytest.raises(UsageError, match="32 bits; take --engine counts"):
-        prepare(net, 20000, "native")
-    pixels = torch.zeros(1, *net.preprocessing.input_size, dtype=torch.uint8)
-    assert prepare(net, 20000).name == "counts"
     assert prepare(net, 300).name == "native"
-    assert endpoint(net, pixels, 20000).timesteps == 20000
+    wide = replace(
+        net,
+        nodes=tuple(
+            replace(n, bias=torch.full_like(n.bias, 2**20)) if isinstance(n, Population) else n
+            for n in net.nodes
+        ),
+    )
+    assert "do not fit into the native engine's 32 bits" in str(native.refusal(wide, 4095, "cpu"))
+    with pytest.raises(UsageError, match="32 bits; take --engine counts"):
+        prepare(wide, 4095, "native")
+    pixels = torch.zeros(1, *net.preprocessing.input_size, dtype=torch.uint8)
+    assert prepare(wide, 4095).name == "counts"
+    assert endpoint(wide, pixels, 4095).timesteps == 4095
 
 
 @pytest.mark.parametrize(
