@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from snnconv.rewrite.tools import Values, known_values, name_of, put_in_place
+from snnconv.rewrite.tools import SUMS, Values, known_values, name_of, put_in_place
 
-_SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub")
 _PRODUCTS = ("mul", "mul_", "imul", "multiply")
 
 
@@ -33,7 +32,7 @@ def broadcasts(module: fx.GraphModule, values: Values) -> bool:
                     new = module.graph.call_method("expand", (source, (-1, *shape)))
                 node.replace_all_uses_with(new)
             changed = True
-        elif name in _SUMS and len(node.args) == 2 and len(shape) == 3:
+        elif name in SUMS and len(node.args) == 2 and len(shape) == 3:
             for operand in node.args:
                 if not isinstance(operand, fx.Node) or operand in known:
                     continue

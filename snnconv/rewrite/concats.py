@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from snnconv.rewrite.tools import Values, argument, name_of
+from snnconv.rewrite.tools import CONCATENATIONS, SUMS, Values, argument, name_of
 
 # What a count is worth: that of pixels, of neurons, and by which poolings it is a sum of.
 Worth = tuple[Any, ...]
@@ -20,8 +20,6 @@ PIXELS, NEURONS = ("pixels",), ("neurons",)
 # A sum of currents, which gets neurons before it is concatenated.
 CURRENT = ("current",)
 
-_CONCATENATIONS = ("cat", "concat", "concatenate")
-_SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub")
 _NEURONS = ("Neurons", "Composite")
 _SAME = ("Identity", "Dropout", "Dropout2d", "dropout", "contiguous", "clone")
 _FLATTENED = ("Flatten", "flatten", "reshape", "view")
@@ -77,7 +75,7 @@ def _worth(
         return NEURONS
     owner = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     weighted = isinstance(owner, (nn.Conv2d, nn.Linear, nn.BatchNorm1d, nn.BatchNorm2d))
-    if weighted or name in _SUMS:
+    if weighted or name in SUMS:
         return CURRENT
     if len(sources) > 1:
         found = [_counted(worths[n]) for n in sources]
@@ -130,7 +128,7 @@ def _reading(
 
 def _concatenation(module: fx.GraphModule, node: fx.Node, values: Values) -> fx.Node | None:
     """Return the concatenation of channels that a node is, flattened or not."""
-    while name_of(module, node) not in _CONCATENATIONS:
+    while name_of(module, node) not in CONCATENATIONS:
         source: Any = node.args[0] if node.args else None
         if not isinstance(source, fx.Node):
             return None
@@ -151,7 +149,7 @@ def _parts(
     """Return what a concatenation joins; of one that is itself a mixture, its parts."""
     parts: list[fx.Node] = []
     for part in argument(joined, 0, "tensors"):
-        mixed = worths[part] is None and name_of(module, part) in _CONCATENATIONS
+        mixed = worths[part] is None and name_of(module, part) in CONCATENATIONS
         parts += _parts(module, part, worths) if mixed else [part]
     return parts
 

@@ -6,13 +6,13 @@ import operator
 
 from torch import fx
 
-from snnconv.rewrite.tools import Values, argument, name_of, put_in_place
+from snnconv.rewrite.tools import CONCATENATIONS, Values, argument, name_of, put_in_place
 
 SPLITS = ("split", "chunk", "tensor_split", "unbind", "split_with_sizes")
 
 
 # What takes a split as a whole.
-_JOINTS = ("cat", "concat", "concatenate", "stack")
+_JOINTS = (*CONCATENATIONS, "stack")
 
 
 def splits(module: fx.GraphModule, values: Values) -> bool:

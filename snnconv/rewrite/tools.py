@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+# What sums and concatenations are called, as functions and methods.
+SUMS = ("add", "add_", "iadd", "sub", "sub_", "isub")
+CONCATENATIONS = ("cat", "concat", "concatenate")
+
 
 class Values(fx.Interpreter):
     """Runs a graph and notes the shape of every tensor, and every value that is none.
