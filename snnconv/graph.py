@@ -270,6 +270,7 @@ def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
             f"({first_line(error)}); sizes in forward() must follow the input's"
         ) from error
     outputs = flatten_outputs(values.result)
+    _keep_names_for(outputs, traced, values.shapes)
     if set(outputs) != set(expected):
         raise NotConvertibleError("the traced network has other outputs than the model")
     for name, output in outputs.items():
@@ -284,6 +285,18 @@ def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
             "outside what torch.fx sees, or changes a tensor in place that has another name too"
         )
     return Traced(traced, values.shapes, input_size, example)
+
+
+def _keep_names_for(
+    outputs: dict[str, Any], traced: fx.GraphModule, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Give nodes that are called as an output is another name."""
+    for node in traced.graph.nodes:
+        if (name := node.name) in outputs:
+            node._rename(f"{name}_node")
+            if name in shapes:
+                shapes[node.name] = shapes.pop(name)
+    traced.recompile()
 
 
 def _check_outputs(outputs: dict[str, Any]) -> None:

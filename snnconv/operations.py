@@ -493,8 +493,6 @@ def _not_supported(name: str, what: str) -> Operation:
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:
     operands: Any = [_argument(node, 0, "input"), _argument(node, 1, "other")]
-    if len(inputs) == 1 and 0 in operands:
-        return Operation("identity", inputs)  # Python's sum() begins with 0
     if node.kwargs.get("alpha", 1) != 1:
         return unsupported("add with alpha", "scale the weights instead")
     if not all(isinstance(o, fx.Node) for o in operands):

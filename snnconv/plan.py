@@ -524,8 +524,6 @@ class _Planner:
                 continue
             if isinstance(value, _Current) and any(op.kind != "flatten" for _, op in value.pending):
                 value = self.materialize(value, f"{value.pending[-1][1].kind} at the output")
-            while any(n.name == name for n in self.nodes):
-                name += "_"
             if isinstance(value, _Counts):
                 terms: tuple[Term, ...] = (Term(value.node, (f"{name}:0",)),)
             else:

@@ -203,6 +203,135 @@ def test_what_is_rewritten_converts_and_is_verified(name: str) -> None:
     )
 
 
+class Small(nn.Module):
+    """A convolution, pooling by a body, a classifier."""
+
+    def __init__(self, body: Callable[[Tensor], Any], features: int = 8) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3), body, nn.Linear(features, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(F.relu(self.stem(x))))
+
+
+def pooled(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+VECTORS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
+    "squeezed": (lambda x: pooled(x).squeeze(), 8),
+    "squeezed twice": (lambda x: pooled(x).squeeze(-1).squeeze(2), 8),
+    "the only pixel": (lambda x: pooled(x)[:, :, 0, 0], 8),
+    "the only pixel, last axes": (lambda x: pooled(x)[..., -1, 0], 8),
+    "a mean by axes": (lambda x: x.mean(3).mean(2), 8),
+    "a mean by axes, from the end": (lambda x: x.mean(-2).mean(-1), 8),
+    "a mean by axes that stay": (
+        lambda x: torch.mean(x, 2, True).mean(dim=3, keepdim=True).flatten(1), 8
+    ),
+    "a maximum by axes": (lambda x: torch.amax(x.amax(2), 2), 8),
+    "a mean that names its input": (lambda x: torch.mean(input=x, dim=(2, 3)), 8),
+    "lines, then pixels": (lambda x: x[:, :, :2, :3].flatten(2).flatten(1), 48),
+    "from tokens": (lambda x: x[:, :, :2, :3].flatten(2)[:, None].reshape(-1, 48), 48),
+    "there and back": (lambda x: pooled(x.flatten(2).view(x.shape)[:, :]).flatten(1), 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_a_vector_of_an_image_is_no_function_that_is_computed_apart(name: str) -> None:
+    torch.manual_seed(0)
+    model = Small(*VECTORS[name]).eval()
+    pixels = images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+    assert not conversion.network.islands
+    assert [p.path for p in conversion.network.populations] == ["relu"]
+    x = PREPROCESSING.normalize(pixels)
+    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_an_average_over_one_axis_alone_is_no_pooling() -> None:
+    model = Small(lambda x: x.mean(3).amax(2)).eval()
+    network = convert(model, PREPROCESSING, [images(6)]).network
+    assert network.islands
+
+
+class Twice(nn.Module):
+    """One module at two places, where tensors have other shapes."""
+
+    def __init__(self, shared: nn.Module, head: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(head, 16, 3, padding=1)
+        self.shared, self.head = shared, nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.shared(self.first(x)), 2)
+        x = F.max_pool2d(self.shared(self.second(x)), 2)
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1)[:, :16])
+
+
+SHARED: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "slope": (lambda: nn.LeakyReLU(0.1), 8),
+    "learnt slope": (nn.PReLU, 8),
+    "shuffle": (lambda: nn.ChannelShuffle(2), 8),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_module_at_two_places_is_two_where_they_differ(name: str) -> None:
+    torch.manual_seed(0)
+    shared, channels = SHARED[name]
+    model = Twice(shared(), channels).eval()
+    pixels = images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+    x = PREPROCESSING.normalize(pixels)
+    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_behind_two_slopes_reads_each_by_its_own() -> None:
+    torch.manual_seed(0)
+
+    def body(net: Net, x: Tensor) -> Tensor:
+        return net.second(F.leaky_relu(x - 0.2, 0.1)) + net.second(F.leaky_relu(x - 0.3, 0.5))
+
+    model, pixels = Net(body).eval(), images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+
+
+@pytest.mark.parametrize("name", ["gelu", "sigmoid", "silu", "leaky_relu", "relu"])
+def test_a_function_may_be_told_its_input_by_name(name: str) -> None:
+    function: Any = getattr(F, name)
+    verdicts = [
+        convert(Net(body).eval(), PREPROCESSING, [images(6)], timesteps=3).network
+        for body in (lambda n, x: function(n.second(x)), lambda n, x: function(input=n.second(x)))
+    ]
+    one, two = ([node.name for node in network.nodes] for network in verdicts)
+    assert one == two
+
+
+@pytest.mark.parametrize("key", ["relu", "add", "x", "stem"])
+def test_an_output_may_have_the_name_of_what_is_inside(key: str) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.other = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            features = torch.add(F.relu(self.stem(x)), self.other(x))
+            return {key: features, "logits": self.head(F.relu(features).mean((2, 3)))}
+
+    torch.manual_seed(0)
+    model, pixels = Named().eval(), images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert [r.name for r in conversion.network.readouts] == [key, "logits"]
+    assert check_equal(conversion, pixels)[0].equal
+    x = PREPROCESSING.normalize(pixels)
+    for name, output in model(x).items():
+        torch.testing.assert_close(conversion.qann(x)[name], output, rtol=1e-3, atol=1e-4)
+
+
 class Joined(nn.Module):
     """Channels that are worth differently, side by side before a layer; as `channels`, or none."""
 
@@ -360,6 +489,7 @@ def test_a_parameter_that_is_used_as_it_is_stays_the_one_it_is() -> None:
         lambda n, x: n.second(x.reshape(x.shape[1], -1, 12, 12).transpose(0, 1)),
         lambda n, x: n.second(x - x.mean(0, keepdim=True)),
         lambda n, x: n.second(x.softmax(0)),
+        lambda n, x: F.conv2d(x, n.second.weight * x.mean(), n.second.bias, padding=1),
     ],
 )
 def test_images_that_are_mixed_are_refused(body: Callable[[Net, Tensor], Tensor]) -> None:

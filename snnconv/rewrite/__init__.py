@@ -18,11 +18,12 @@ from snnconv.rewrite.concats import concats
 from snnconv.rewrite.constants import casts, constants, sizes
 from snnconv.rewrite.in_place import in_place
 from snnconv.rewrite.islands import islands
+from snnconv.rewrite.keywords import keywords
 from snnconv.rewrite.leaky import leaky
 from snnconv.rewrite.modules import AFFINE, Neurons, Rearrangement
 from snnconv.rewrite.norms import norms
 from snnconv.rewrite.pools import pools
-from snnconv.rewrite.rearrangements import rearrangements, views
+from snnconv.rewrite.rearrangements import foldings, rearrangements, views
 from snnconv.rewrite.splits import splits
 from snnconv.rewrite.tools import Values
 from snnconv.rewrite.upsampling import upsampling
@@ -31,13 +32,14 @@ __all__ = ["AFFINE", "Composite", "Neurons", "Rearrangement", "Values", "rewrite
 
 # In this order; each takes the graph and its values, and returns whether it changed anything.
 CHANGES = (
-    views, casts, sizes, constants, splits, norms, channels_last, rearrangements, pools, upsampling,
-    broadcasts, composites, arithmetic, leaky, islands, concats,
+    views, casts, sizes, constants, splits, norms, channels_last, foldings, rearrangements, pools,
+    upsampling, broadcasts, composites, arithmetic, leaky, islands, concats,
 )  # fmt: skip
 
 
 def rewrite(module: fx.GraphModule, example: Tensor) -> Values:
     """Rewrite a graph in place; return the shapes of what it is then."""
+    keywords(module)
     in_place(module)
     values = _cleaned(module, example)
     for change in CHANGES:

@@ -14,6 +14,7 @@ from snnconv.rewrite.tools import (
     constant_per_channel,
     known_values,
     name_of,
+    put,
     replace_by_module,
 )
 
@@ -37,6 +38,9 @@ def arithmetic(module: fx.GraphModule, values: Values) -> bool:
         if kind is None:
             continue
         shape = values.shapes[node.name]
+        if kind == "add" and _adds_nothing_(node, values):
+            changed = True
+            continue
         made = _affine_of(node, kind, shape, known, values.example.device)
         if made is not None:
             gain, shift, source = made
@@ -49,6 +53,17 @@ def arithmetic(module: fx.GraphModule, values: Values) -> bool:
             _subtract_(module, node, values)
             changed = True
     return changed
+
+
+def _adds_nothing_(node: fx.Node, values: Values) -> bool:
+    """Take out the 0 that Python's `sum()` begins with; return whether it was that."""
+    rest = [o for o in node.args if not (isinstance(o, (int, float)) and o == 0)]
+    if len(node.args) != 2 or len(rest) != 1 or not isinstance(rest[0], fx.Node):
+        return False
+    if values.shapes.get(rest[0].name) != values.shapes[node.name]:
+        return False
+    node.replace_all_uses_with(rest[0])
+    return True
 
 
 def _affine_of(
@@ -88,8 +103,8 @@ def _subtract_(module: fx.GraphModule, node: fx.Node, values: Values) -> None:
     if shape is None or len(shape) not in (1, 3):
         return
     channels = torch.ones(shape[0], device=values.example.device)
-    name = f"{node.name}_negated"
-    module.add_submodule(name, affine(-channels, 0 * channels, len(shape) == 3))
+    made = affine(-channels, 0 * channels, len(shape) == 3)
+    name = put(module, f"{node.name}_negated", made)
     with module.graph.inserting_before(node):
         negated = module.graph.call_module(name, (y,))
         total = module.graph.call_function(operator.add, (x, negated))

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from snnconv.program import Step
 from snnconv.rewrite.rearrangements import PERMUTATIONS, RESHAPES, SHUFFLES
-from snnconv.rewrite.tools import Values, argument, known_values, name_of, path_of
+from snnconv.rewrite.tools import Values, argument, known_values, name_of, path_of, put
 from snnconv.rewrite.translate import Program, Unknown
 
 # What nothing but a program can compute, of images and vectors too.
@@ -178,8 +178,7 @@ def _put(
     made = Composite(
         fx.GraphModule(module, graph), tuple(program.steps), program.constants, "+".join(telling)
     )
-    path = path_of(last, "analog")
-    module.add_submodule(path, made)
+    path = put(module, path_of(last, "analog"), made)
     with module.graph.inserting_before(last):
         new = module.graph.call_module(path, tuple(inputs))
     new.meta = dict(last.meta)

@@ -81,6 +81,8 @@ def _with_constants(
     source = argument(node, 0, "input")
     if not isinstance(source, fx.Node) or source in known:
         return None
+    if any(n not in known for n in node.all_input_nodes if n is not source):
+        return None  # weights that depend on the image
 
     def value(position: int, key: str, default: Any = None) -> Any:
         found = argument(node, position, key, default)

@@ -18,6 +18,7 @@ from snnconv.rewrite.tools import (
     known_values,
     name_of,
     path_of,
+    put,
 )
 
 _LEAKY = ("LeakyReLU", "PReLU", "leaky_relu", "leaky_relu_", "prelu")
@@ -52,8 +53,7 @@ def leaky(module: fx.GraphModule, values: Values) -> bool:
                 _read_apart(module, user, above, below, slope)
         if node.users:
             made = affine(slope, 0 * slope, len(shape) == 3)
-            path = path_of(node, "below")
-            module.add_submodule(path, made)
+            path = put(module, path_of(node, "below"), made)
             with module.graph.inserting_before(node):
                 weighed = module.graph.call_module(path, (below,))
                 total = module.graph.call_function(operator.add, (above, weighed))
@@ -101,8 +101,7 @@ def _read_apart(
     weight = layer.weight.detach()
     scaled = (weight.view(groups, -1, *weight.shape[1:]) * per_group).view_as(weight)
     other.weight = nn.Parameter(scaled)
-    path = f"{user.target}_below"
-    module.add_submodule(path, other)
+    path = put(module, f"{user.target}_below", other)
     with module.graph.inserting_before(user):
         first = module.graph.call_module(str(user.target), (above,))
         second = module.graph.call_module(path, (below,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from snnconv.ops import rearrange
 from snnconv.rewrite.modules import Rearrangement, Step
-from snnconv.rewrite.tools import Values, argument, name_of, path_of
+from snnconv.rewrite.tools import Values, argument, known_values, name_of, path_of, put
 
 RESHAPES = ("view", "reshape", "flatten", "unflatten", "Flatten", "Unflatten")
 
@@ -38,6 +39,60 @@ def views(module: fx.GraphModule, values: Values) -> bool:
     return bool(seen)
 
 
+def foldings(module: fx.GraphModule, values: Values) -> bool:
+    """Write what leads from an image to a vector of all its numbers, in their order, as `flatten`.
+
+    What leaves a tensor's shape as it is, too, is nothing.
+    """
+    known = known_values(module)
+    origins: dict[fx.Node, fx.Node] = {}
+    changed = False
+    for node in list(module.graph.nodes):
+        if node in known or not _keeps_order(module, node, values):
+            continue
+        source: Any = node.args[0]
+        origin = origins[node] = origins.get(source, source)
+        before, after = values.shapes[origin.name], values.shapes[node.name]
+        if before == after:
+            node.replace_all_uses_with(origin)
+        elif len(before) == 3 and len(after) == 1 and not _flattens(module, node, origin):
+            with module.graph.inserting_before(node):
+                new = module.graph.call_function(torch.flatten, (origin, 1))
+            values.shapes[new.name] = after
+            node.replace_all_uses_with(new)
+        else:
+            continue
+        changed = True
+    return changed
+
+
+def _flattens(module: fx.GraphModule, node: fx.Node, origin: fx.Node) -> bool:
+    """Return whether a node makes a vector of an image at once already."""
+    return node.args[0] is origin and name_of(module, node) in RESHAPES
+
+
+def _keeps_order(module: fx.GraphModule, node: fx.Node, values: Values) -> bool:
+    """Return whether a node gives another shape to all numbers of its input, for every image."""
+    source = node.args[0] if node.args and node.op.startswith("call") else None
+    if not isinstance(source, fx.Node) or node.name not in values.shapes:
+        return False
+    before = values.shapes.get(source.name)
+    if before is None or math.prod(before) != math.prod(values.shapes[node.name]):
+        return False
+    name = name_of(module, node)
+    if name != "getitem":
+        return name in (*RESHAPES, "squeeze", "unsqueeze")
+    items: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if items[0] is Ellipsis:
+        return len(items) <= len(before) + 1 and all(map(_is_plain, items[1:]))
+    return items[0] == slice(None) and all(map(_is_plain, items[1:]))
+
+
+def _is_plain(item: Any) -> bool:
+    """Return whether an index takes the one there is, or all in a row."""
+    return item is None or item is Ellipsis or isinstance(item, (int, slice))
+
+
 def rearrangements(module: fx.GraphModule, values: Values) -> bool:
     """Put chains of reshapes and permutations that lead from an image to an image into one call."""
     changed = False
@@ -51,9 +106,8 @@ def rearrangements(module: fx.GraphModule, values: Values) -> bool:
         if not _keeps_channels(values.shapes[source.name], flat):
             continue
         last = chain[-1]
-        path = path_of(last, "rearranged")
         calls = [_call(module, n, values.shapes[n.name]) for n in chain]
-        module.add_submodule(path, Rearrangement(calls, flat))
+        path = put(module, path_of(last, "rearranged"), Rearrangement(calls, flat))
         with module.graph.inserting_before(last):
             new = module.graph.call_module(path, (source,))
         values.shapes[new.name] = values.shapes[last.name]

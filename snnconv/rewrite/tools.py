@@ -73,12 +73,29 @@ def path_of(node: fx.Node, what: str = "") -> str:
     return f"{owner}.{node.name}{ending}" if owner else f"{node.name}{ending}"
 
 
+def put(module: fx.GraphModule, path: str, made: nn.Module) -> str:
+    """Add a module at a path, or at the next one that is free; return where it is."""
+    free, number = path, 1
+    while _is_taken(module, free):
+        number += 1
+        free = f"{path}_{number}"
+    module.add_submodule(free, made.eval())
+    return free
+
+
+def _is_taken(module: fx.GraphModule, path: str) -> bool:
+    owner, _, name = path.rpartition(".")
+    try:
+        return hasattr(module.get_submodule(owner), name)
+    except AttributeError:
+        return False
+
+
 def replace_by_module(
     module: fx.GraphModule, node: fx.Node, made: nn.Module, source: fx.Node
 ) -> fx.Node:
-    """Put a module in place of a node; it is named by where the node stands."""
-    path = path_of(node)
-    module.add_submodule(path, made.eval())
+    """Put a module in place of a function's node; it is named by where the node stands."""
+    path = put(module, path_of(node), made)
     with module.graph.inserting_before(node):
         new = module.graph.call_module(path, (source,))
     node.replace_all_uses_with(new)
