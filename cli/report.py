@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     "report",
     example="snnconv report\n"
     "snnconv report resnet20.snn.safetensors -o resnet20.html\n"
-    "snnconv report a.eval.json b.eval.json --energy mac_int8_pj=0.3 -o both.md",
+    "snnconv report a.eval.json b.eval.json --energy add_int32_pj=0.05 -o both.md",
 )
 @click.argument(
     "sources", nargs=-1, metavar="[CHECKPOINT|REPORT.json]...", type=click.Path(path_type=Path)
@@ -103,7 +103,7 @@ def _parse(assumptions: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             changes[name.strip()] = math.nan
         if not name.strip() or not 0 <= changes[name.strip()] < math.inf:
-            raise UsageError(f"--energy {given}: give it as NAME=PJ, such as mac_int8_pj=0.3")
+            raise UsageError(f"--energy {given}: give it as NAME=PJ, such as add_int32_pj=0.05")
     return changes
 
 
