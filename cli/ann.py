@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snnconv.errors import CheckpointError, UsageError
+from snnconv.launch import is_leader
 
 from . import console
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def stored_ann(network: Any, images: Any) -> dict[str, Any] | None:
     """Return the ANN's accuracy as stored at conversion, if it is of these data."""
+    if drawn_for_ann(network, images) is None:
+        return None
+    stored = network.model["ann"]
+    return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
+
+
+def drawn_for_ann(network: Any, images: Any) -> np.ndarray | None:
+    """Return the images the ANN was measured on at conversion, if it was on some of these."""
     from snnconv.data import choose_indices
 
     stored = network.model.get("ann")
     if stored is None or stored["split"] != images.split:
         return None
     drawn = choose_indices(len(images), stored["drawn"]["images"], stored["drawn"]["seed"])
-    if images.sha256(drawn) != stored["data_sha256"]:
-        return None
-    return {"top1_percent": stored["top1_percent"], "images": stored["images"], "source": "stored"}
+    return drawn if images.sha256(drawn) == stored["data_sha256"] else None
 
 
 def load_ann(source: str, network: Any) -> Any:
@@ -108,12 +118,11 @@ def diagnosed(
     progress: console.Progress,
 ) -> dict[str, Any] | None:
     """Return which layer loses what by which cause, on some of the images."""
-    from snnconv import distributed
     from snnconv.diagnosis import diagnose, images_wanted
     from snnconv.engine import prepare
     from snnconv.measure import spread_images
 
-    if not distributed.is_leader():
+    if not is_leader():
         return None
     pixels = spread_images(images, network.preprocessing, indices, images_wanted(network))
     pixels = pixels.to(device)

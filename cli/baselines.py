@@ -8,6 +8,7 @@ from typing import Any
 
 from snnconv.errors import UsageError
 from snnconv.files import require_named
+from snnconv.launch import is_leader
 from snnconv.schemas import BASELINES
 
 from . import console, options
@@ -95,7 +96,7 @@ def compare(
         "rows": rows,
         "device": place,
     }
-    if distributed.is_leader():
+    if is_leader():
         report.write(path, contents, options.arguments(None if checkpoints else found[0][0]))
     if as_json:
         console.emit_json(contents)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from snnconv.launch import is_leader
 from snnconv.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def start(arguments: Sequence[str]) -> None:
     """
     global _emitted, _muted, _arguments
     _emitted = False
-    _muted = os.environ.get("RANK", "0") != "0"
+    _muted = not is_leader()
     _arguments = tuple(arguments)
     set_error_style(
         as_json="--json" in arguments, verbose=bool({"-v", "--verbose"} & set(arguments))

@@ -17,6 +17,7 @@ from snnconv.choices import (
     MAX_WEIGHT_BITS,
     MIN_WEIGHT_BITS,
     NEURONS,
+    default_schedule,
 )
 from snnconv.errors import UsageError
 from snnconv.schedule import SCHEDULES, Schedule
@@ -59,7 +60,7 @@ class ConversionOptions:
     shortcut_normalization: bool
     replace_activations: str | None
     strict: bool
-    schedule: str
+    schedule: str | None
     drain: str
 
     def method(self, recipe: Recipe | None, data: str | None) -> Method:
@@ -80,7 +81,8 @@ class ConversionOptions:
             )
         timesteps = self.timesteps or (recipe and recipe.timesteps) or DEFAULT_TIMESTEPS
         drain = options.parse_drain(self.drain)
-        Schedule(self.schedule, timesteps, 1, drain)
+        schedule = self.schedule or default_schedule(self.compensation)
+        Schedule(schedule, timesteps, 1, drain)
         return Method(
             calibration=calibration,
             percentile=self.percentile or DEFAULT_PERCENTILE,
@@ -91,7 +93,7 @@ class ConversionOptions:
             compensation=self.compensation,
             shortcut_normalization=self.shortcut_normalization,
             strict=self.strict,
-            schedule=self.schedule,
+            schedule=schedule,
             drain=drain,
         )
 
@@ -165,9 +167,8 @@ _OPTIONS = (
     click.option(
         "--schedule",
         type=click.Choice(SCHEDULES),
-        default="drain",
-        show_default=True,
-        help="When layers start and stop; eval can choose another.",
+        help="When layers start and stop; eval can choose another.  [default: drain; paper with "
+        "--compensation]",
     ),
     click.option(
         "--drain",

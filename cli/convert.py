@@ -12,6 +12,7 @@ import click
 
 from snnconv.errors import UsageError
 from snnconv.files import SUFFIX, require_named
+from snnconv.launch import is_leader
 from snnconv.progress import silent
 from snnconv.schemas import CONVERSION
 
@@ -119,7 +120,7 @@ def command(
         loaded = fit_to_images(loaded, images.train, quiet)
     settings = _retraining(settings, training, recipe, method, images, quiet)
     if settings is not None:
-        files.require_free(training.resume, force)
+        files.require_free(training.resume, force, quiet)
     elif chosen.calibration is None and images is not None:
         method = _without_training(method, images, quiet)
     held_out = _held_out(method, images, seed)
@@ -180,7 +181,7 @@ def command(
             accuracies = _measured(
                 conversion, loaded, model if replaced else None, images, seed, place, progress
             )
-    if not distributed.is_leader():
+    if not is_leader():
         return
     spiking = with_settings(
         conversion.network, model=_described(loaded, images, accuracies.get("ann"))

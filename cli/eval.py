@@ -10,13 +10,16 @@ import click
 
 from snnconv.choices import INITIAL_MEMBRANES, NEURONS
 from snnconv.errors import UsageError
+from snnconv.launch import is_leader
 from snnconv.schedule import SCHEDULES
 
 from . import console, evaluation, options
-from .ann import load_ann, stored_ann
+from .ann import drawn_for_ann, load_ann
 from .baselines import compare
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from snnconv.data import ImageData
     from snnconv.network import SpikingNetwork
 
@@ -194,7 +197,7 @@ def command(
     if max_drop is not None and math.isnan(max_drop):
         raise UsageError("--max-drop must be a number of percentage points, not nan")
     if max_drop is not None and ann is None:
-        _require_stored_ann(network, images, len(indices))
+        _require_stored_ann(network, images, indices)
     simulated = engine != "endpoint"
     report_path = output or evaluation.default_path(
         named, network, timetable, split, limit, simulated=simulated
@@ -224,7 +227,7 @@ def command(
             statistics=statistics,
             progress=progress,
         )
-    if distributed.is_leader():
+    if is_leader():
         command = options.arguments(None if checkpoints else path)
         evaluation.write(report_path, found, page=page, command=command)
     if as_json:
@@ -239,13 +242,13 @@ def command(
             quiet,
         )
     # Under torchrun the others would end the first one, which is still at work.
-    return 0 if max_drop is None or not distributed.is_leader() else _gate(found, max_drop)
+    return 0 if max_drop is None or not is_leader() else _gate(found, max_drop)
 
 
-def _require_stored_ann(network: SpikingNetwork, images: ImageData, measured: int) -> None:
+def _require_stored_ann(network: SpikingNetwork, images: ImageData, indices: np.ndarray) -> None:
     """Raise UsageError unless the checkpoint says how accurate its ANN is on these images."""
-    stored = stored_ann(network, images)
-    if stored is None or stored["images"] != measured:
+    measured = drawn_for_ann(network, images)
+    if measured is None or measured.tolist() != indices.tolist():
         raise UsageError(
             "--max-drop needs the ANN's accuracy on these images, and the checkpoint does not have "
             "it: give --ann"

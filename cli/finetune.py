@@ -12,6 +12,7 @@ import click
 
 from snnconv.errors import UsageError, first_line
 from snnconv.files import SUFFIX, require_named, write_atomically
+from snnconv.launch import processes
 from snnconv.schemas import FINETUNING
 
 from . import console, options
@@ -72,7 +73,11 @@ DEFAULT_EPOCHS = 1
     "for all layers together]",
 )
 @click.option("--bias-only", is_flag=True, help="Tune biases and leave the weights as they are.")
-@click.option("--resume", is_flag=True, help="Go on with the fine-tuning that was interrupted.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with the fine-tuning that was interrupted; --force begins anew.",
+)
 @options.output_option("Spiking checkpoint.  [default: NAME.tuned.snn.safetensors]")
 @options.force_option
 @options.seed_option
@@ -119,6 +124,8 @@ def command(
     ):
         if value is not None and not given:
             raise UsageError(f"{option} belongs to {needs}")
+    if processes() > 1:
+        raise UsageError("fine-tuning is done by one process: start it without torchrun")
     path, named = options.spiking_checkpoint(checkpoint, quiet)
     where = options.require_data(data)
 
@@ -135,7 +142,7 @@ def command(
     report_path = report.default_path(target, "finetune")
     report.require_writable(report_path, force, {"schema": FINETUNING})
     state = target.with_name(target.name.removesuffix(SUFFIX) + ".finetune.part")
-    options.require_free(state, "fine-tuning", resume, force)
+    options.require_free(state, "fine-tuning", resume, force, quiet)
 
     network = load_network(path)
     chosen: dict[str, Any] = {"lr": lr, "batch_size": batch_size, "images": images}

@@ -91,7 +91,7 @@ def _print(contents: dict[str, Any]) -> None:
     model, calibration = contents["model"], contents["provenance"].get("calibration", {})
     on = calibration.get("on")
     rows = [
-        ("network", f"{model.get('name')}, {contents['neurons']:,} neurons"),
+        ("network", f"{model.get('name', 'unnamed')}, {contents['neurons']:,} neurons"),
         (
             "settings",
             f"T {contents['timesteps']}, {contents['schedule']}, {contents['neuron']}, V0 "
@@ -99,7 +99,9 @@ def _print(contents: dict[str, Any]) -> None:
         ),
         (
             "clips",
-            f"{calibration.get('method')}, from "
+            "unknown: it was converted from Python"
+            if not calibration
+            else f"{calibration['method']}, from "
             + (f"{on['images']} {on['split']} images, seed {on['seed']}" if on else "no data"),
         ),
         ("input", "x".join(map(str, contents["preprocessing"]["input_size"]))),

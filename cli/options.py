@@ -142,7 +142,7 @@ def data_option(function: F) -> F:
     )(function)
 
 
-def _complete_checkpoint(
+def complete_checkpoint(
     ctx: click.Context, param: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
     """Offer files, and the spiking checkpoints of the zoo."""
@@ -159,7 +159,7 @@ def checkpoint_argument(function: F) -> F:
         "checkpoint",
         required=False,
         metavar="[CHECKPOINT|zoo:NAME]",
-        shell_complete=_complete_checkpoint,
+        shell_complete=complete_checkpoint,
     )(function)
 
 
@@ -169,7 +169,7 @@ def checkpoints_argument(function: F) -> F:
         "checkpoints",
         nargs=-1,
         metavar="[CHECKPOINT|zoo:NAME]...",
-        shell_complete=_complete_checkpoint,
+        shell_complete=complete_checkpoint,
     )(function)
 
 
@@ -362,7 +362,7 @@ def require_data(data: str | None) -> str:
     return data
 
 
-def require_free(state: Path, what: str, resume: bool, force: bool) -> None:
+def require_free(state: Path, what: str, resume: bool, force: bool, quiet: bool) -> None:
     """Raise UsageError if interrupted work would be lost, or there is none to resume."""
     if resume and not state.is_file():
         raise UsageError(f"--resume: there is no {state}, no interrupted {what}")
@@ -371,6 +371,8 @@ def require_free(state: Path, what: str, resume: bool, force: bool) -> None:
             f"{state} is an interrupted {what}; give --resume to go on with it, or --force to "
             "begin anew"
         )
+    if state.exists() and not resume:
+        console.note(f"--force begins anew; the interrupted {what} {state} is given up", quiet)
 
 
 def note_unreadable(names: list[str], quiet: bool) -> None:

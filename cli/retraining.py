@@ -23,6 +23,7 @@ from .source import complete_source, fit_to_images
 if TYPE_CHECKING:
     from snnconv.data import ImageData
     from snnconv.load import LoadedModel
+    from snnconv.network import SpikingNetwork
     from snnconv.pipeline import Retrain
     from snnconv.progress import Progress
     from snnconv.recipe import Recipe
@@ -42,7 +43,7 @@ class TrainOptions:
     batch_size: int | None
     distill: bool | None
     teacher: str | None
-    start_from: Path | None
+    start_from: str | None
     workers: int | None
     resume: bool
 
@@ -110,8 +111,8 @@ _OPTIONS = (
     ),
     click.option(
         "--start-from",
-        metavar="CHECKPOINT",
-        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="CHECKPOINT|zoo:NAME",
+        shell_complete=options.complete_checkpoint,
         help="Begin with the weights of a spiking checkpoint of the same network, such as one of "
         "more time steps or weight bits.",
     ),
@@ -122,7 +123,9 @@ _OPTIONS = (
         f"per processor, {LARGEST_WORKERS} at most]",
     ),
     click.option(
-        "--resume", is_flag=True, help="Go on with the retraining that was interrupted here."
+        "--resume",
+        is_flag=True,
+        help="Go on with the retraining that was interrupted here; --force begins anew.",
     ),
 )
 
@@ -153,9 +156,9 @@ class TrainFiles:
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         return {**retraining, "epochs": [json.loads(line) for line in lines]}
 
-    def require_free(self, resume: bool, force: bool) -> None:
+    def require_free(self, resume: bool, force: bool, quiet: bool) -> None:
         """Raise UsageError if an interrupted training would be lost, or there is none to resume."""
-        options.require_free(self.state, "retraining", resume, force)
+        options.require_free(self.state, "retraining", resume, force, quiet)
 
 
 def retrainer(
@@ -194,8 +197,10 @@ def retrainer(
         taught_by = {"name": other.name, "weights_sha256": other.weights_sha256}
     start, started_from = None, None
     if training.start_from is not None:
-        start = load_network(training.start_from)
-        started_from = {"name": training.start_from.name, "sha256": sha256(start)}
+        path, _ = options.spiking_checkpoint(training.start_from, quiet)
+        start = load_network(path)
+        started_from = {"name": path.name, "sha256": sha256(start)}
+        _note_other_draw(start, path, seed, quiet)
     workers = training.workers
     if workers is None:
         in_memory = data.images.size is not None
@@ -243,3 +248,16 @@ def retrainer(
         announce=lambda text: console.note(text, quiet),
         **shared,
     )
+
+
+def _note_other_draw(start: SpikingNetwork, path: Path, seed: int, quiet: bool) -> None:
+    """Say so if the images that choose the epoch have taught the network to start from."""
+    from snnconv.finetune.settings import held_out_seed
+
+    if start.provenance.get("retraining") and (theirs := held_out_seed(start, seed)) != seed:
+        console.note(
+            f"hint: {path.name} was trained with --seed {theirs}, and most of the images that "
+            f"choose the epoch here have taught it; with --seed {theirs} they are those it held "
+            "out",
+            quiet,
+        )

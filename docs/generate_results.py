@@ -30,7 +30,8 @@ brackets, for clocked hardware with one step per hop. *Counts* is the share of s
 equal the quantised ANN's integers at the end of the run. *Drop* is what is lost from the ANN on the
 same images, with its paired 95 % interval; rows without counts are end points of exact schedules,
 computed without simulation. *Epochs* are those of retraining, of one
-after another where a checkpoint started from a retrained one; 0 is training-free conversion.
+after another where a checkpoint started from a retrained one; 0 is training-free conversion, by the
+calibration named.
 *Bits* are those of the weights; the first and the last layer have 8.
 Intervals are Wilson's at 95 %. Times were taken on a machine that did
 other work besides: no figures to compare by. `imagenet_sample` is one image per class, probably of
@@ -119,10 +120,13 @@ def _of_seeds(e: dict[str, Any]) -> str:
 
 
 def _load(pattern: str) -> list[dict[str, Any]]:
-    found = []
-    for path in sorted(REPORTS.glob(pattern)):
-        found.append({**json.loads(path.read_text(encoding="utf-8")), "report": path.name})
-    return sorted(found, key=_order)
+    return sorted(map(_read, REPORTS.glob(pattern)), key=_order)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a report; its command is that of a run in one piece."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return {**report, "command": report["command"].replace(" --resume", ""), "report": path.name}
 
 
 def _order(report: dict[str, Any]) -> tuple[Any, ...]:
@@ -165,11 +169,15 @@ def _simulated(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any
     return lambda e: "" if e["agreement"] is None else cell(e)
 
 
+def _epochs_told(e: dict[str, Any]) -> str:
+    return " + ".join(map(str, e["epochs"])) or "0"
+
+
 _COLUMNS = {
     "model": lambda e: e["model"],
     "T": lambda e: e["timesteps"],
     "bits": lambda e: e["weight_bits"],
-    "epochs": lambda e: " + ".join(map(str, e["epochs"])) or "0",
+    "epochs": lambda e: _epochs_told(e) if e["epochs"] else f"0, {e['calibration']}",
     "schedule": lambda e: e["schedule"],
     "neuron": lambda e: e["neuron"],
     "ANN %": lambda e: _percent(e["ann"]),
@@ -195,6 +203,7 @@ _NETWORK_COLUMNS = {
             "spikes per neuron",
         )
     },
+    "epochs": _epochs_told,
     "SNN %": _of_seeds,
     "SNN at T %": lambda e: "" if e["at_t"] is None else _percent(e["at_t"]["snn"]),
 }  # fmt: skip
@@ -301,7 +310,7 @@ def _methods(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         path = REPORTS / row["checkpoint"].replace(".snn.safetensors", ".finetune.json")
         if row["method"].startswith("fine-tuned"):
-            tuned = json.loads(path.read_text(encoding="utf-8"))
+            tuned = _read(path)
             parts.append(_tuning(tuned))
             commands.append(tuned["command"])
     lines = "\n".join([*commands, report["command"]])

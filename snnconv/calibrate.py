@@ -17,7 +17,7 @@ from torch import Tensor
 
 from snnconv.analog import RESOLUTION, compute
 from snnconv.choices import CALIBRATIONS, DEFAULT_PERCENTILE
-from snnconv.errors import DataError, UsageError
+from snnconv.errors import DataError, UsageError, require_one_of
 from snnconv.ops import padded_channels, per_channel, rearranged_channels
 from snnconv.plan import Relay, Source
 from snnconv.quant import Branch, Island, Layer, Qann, quantize
@@ -123,8 +123,7 @@ def calibrate_(
     or missing data, DataError if there are no images.
     """
     check_timesteps(timesteps)
-    if method not in METHODS:
-        raise UsageError(f"unknown calibration {method!r}; choose from {', '.join(METHODS)}")
+    require_one_of("calibration", method, METHODS)
     if not 0 < percentile <= 100:
         raise UsageError(f"the percentile must be above 0 and at most 100, not {percentile:g}")
     if method == "bn":

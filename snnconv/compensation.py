@@ -20,7 +20,7 @@ from snnconv.choices import COMPENSATIONS
 from snnconv.divergence import divergence
 from snnconv.engine import counts, prepare
 from snnconv.engine.linear import exact_arithmetic
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, require_one_of
 from snnconv.finetune import SCHEDULE, Course
 from snnconv.network import Population, Readout, SpikingNetwork
 from snnconv.progress import Progress, silent
@@ -51,8 +51,7 @@ def compensate(
     UsageError for an unknown kind, without images, and for a gain of neurons that do not start at
     V0 = 0.
     """
-    if kind not in COMPENSATIONS:
-        raise UsageError(f"unknown compensation {kind!r}; choose from {', '.join(COMPENSATIONS)}")
+    require_one_of("compensation", kind, COMPENSATIONS)
     if kind == "none":
         return network, {"kind": kind}
     batches = [pixels for pixels in images if len(pixels)]

@@ -138,8 +138,11 @@ def diagnose(
             "layers": [{"layer": paths[name], "kl": kl} for name, kl in restored.items()],
         },
     }
-    retrained = bool(network.provenance.get("retraining"))
-    return {**diagnosis, "mend": mend(diagnosis, schedule, retrained)}
+    made = network.provenance
+    retrained = bool(made.get("retraining"))
+    compensated = (made.get("compensation") or {}).get("kind", "none") != "none"
+    adapted = compensated or made.get("finetuning") is not None
+    return {**diagnosis, "mend": mend(diagnosis, schedule, retrained, adapted)}
 
 
 class _Chain:
@@ -293,14 +296,18 @@ def _rises(values: Iterable[float]) -> list[float]:
 
 
 def mend(
-    diagnosis: dict[str, Any], schedule: Schedule, retrained: bool = False
+    diagnosis: dict[str, Any],
+    schedule: Schedule,
+    retrained: bool = False,
+    adapted: bool = False,
 ) -> dict[str, Any] | None:
     """Return the layer to mend first, the cause, its share of the loss in percent, and how.
 
     The cause is the stage at which the outputs lose most; weights that were learnt for their levels
     are one with these. Of time the layer is the one at which the error of counts grows most; else
     the one that, left in float alone, brings most of the loss back. None where there is nothing to
-    gain.
+    gain. A network that was `adapted` to the end of T steps, by fine-tuning or compensation, gains
+    nothing from counts that settle.
     """
     if not diagnosis["layers"]:
         return None
@@ -323,7 +330,7 @@ def mend(
         "layer": layer,
         "cause": cause,
         "share_percent": 100 * max(share, 0.0),
-        "suggestion": _advice(cause, retrained, schedule),
+        "suggestion": ADAPTED if adapted and cause == TIME else _advice(cause, retrained, schedule),
     }
 
 
@@ -348,6 +355,10 @@ def _advice(cause: str, retrained: bool, schedule: Schedule) -> str:
     )
 
 
+ADAPTED = (
+    "This network was made for the end of T steps, not for where its counts would settle; the one "
+    "it was made from loses nothing by time under --schedule drain."
+)
 ADVICE = {
     CLIPPING: "Higher clips: calibrate on more images, or by --calibration percentile; or retrain, "
     "which learns them.",

@@ -16,16 +16,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from snnconv.errors import SnnconvError, UsageError, first_line
+from snnconv.launch import processes
 
 # What gloo and NCCL say when the other end is gone.
 LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
 
 T = TypeVar("T", bound=Any)
-
-
-def is_leader() -> bool:
-    """Return whether this is the process that prints and writes."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def rank() -> int:
@@ -45,7 +41,7 @@ def group(device: str, advice: str) -> Iterator[None]:
     Raises SnnconvError with `advice` if another process ends before its time, UsageError if there
     are more processes than GPUs.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if processes() == 1 or dist.is_initialized():
         yield
         return
     if device.startswith("cuda"):

@@ -73,6 +73,13 @@ def refuse_unknown(where: str, keys: Iterable[str], known: Iterable[str]) -> Non
         )
 
 
+def require_one_of(what: str, value: Any, known: Iterable[str]) -> None:
+    """Raise UsageError, naming the choices, unless the value is one of the known names."""
+    known = list(known)
+    if value not in known:
+        raise UsageError(f"unknown {what} {value!r}; choose from {', '.join(known)}")
+
+
 def require_types(where: str, settings: Any) -> None:
     """Raise UsageError unless every field of a dataclass has a value of its declared type."""
     wrong = [

@@ -126,7 +126,7 @@ def _load(
 def _refuse_other_arch(source: str, arch: str | None, own: str) -> None:
     """Raise UsageError if a source that names its own architecture is to have another."""
     if arch is not None and arch != own:
-        raise UsageError(f"{source} is not a file, and --arch belongs to a checkpoint file")
+        raise UsageError(f"{source} is {own}, not {arch}; --arch belongs to a checkpoint file")
 
 
 def _turn_first_convolution_(loaded: LoadedModel) -> None:

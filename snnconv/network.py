@@ -19,7 +19,7 @@ from torch import Tensor
 
 from snnconv.analog import LARGEST, compute, width
 from snnconv.choices import INITIAL_MEMBRANES, MAX_WEIGHT_BITS, MIN_WEIGHT_BITS, NEURONS
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, require_one_of
 from snnconv.neuron import rounding_offset
 from snnconv.ops import Pool, constant, padded_channels, rearranged_channels, sum_pool
 from snnconv.plan import Key, Relay, Source
@@ -138,8 +138,7 @@ def check_settings(timesteps: int, weight_bits: int, **settings: Any) -> None:
     check_timesteps(timesteps)
     check_weight_bits(weight_bits)
     for key, known in KINDS.items():
-        if settings.get(key, known[0]) not in known:
-            raise UsageError(f"unknown {key} {settings[key]!r}; choose from {', '.join(known)}")
+        require_one_of(key, settings.get(key, known[0]), known)
 
 
 @dataclass(frozen=True)
@@ -168,10 +167,11 @@ class SpikingNetwork:
         """Refuse settings there are none of."""
         settings = {name: getattr(self, name) for name in KINDS}
         check_settings(self.timesteps, self.weight_bits, **settings)
-        for name in ("timesteps", "weight_bits"):
-            object.__setattr__(self, name, int(getattr(self, name)))
         if self.readouts:
             self.timetable()
+        for name in ("timesteps", "weight_bits", "drain", "stagger"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, int(value))
 
     @property
     def populations(self) -> list[Population]:

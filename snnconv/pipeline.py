@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from snnconv.calibrate import calibrate_
 from snnconv.choices import (
     CALIBRATIONS,
+    COMPENSATIONS,
     DEFAULT_PERCENTILE,
     DEFAULT_TIMESTEPS,
     DEFAULT_WEIGHT_BITS,
+    default_schedule,
 )
 from snnconv.compensation import compensate
 from snnconv.engine import prepare
-from snnconv.errors import NotConvertibleError, NotEqualError, UsageError
+from snnconv.errors import NotConvertibleError, NotEqualError, UsageError, require_one_of
 from snnconv.folding import fold
 from snnconv.graph import Traced, differing_output, on_meta, trace
 from snnconv.network import Island, SpikingNetwork, check_settings, wiring
@@ -94,9 +96,9 @@ def convert(
     UsageError for settings there are none of, images of another kind and a model without weights,
     DataError if there are no images to calibrate on.
     """
-    if calibration not in CALIBRATIONS:
-        known = ", ".join(CALIBRATIONS)
-        raise UsageError(f"unknown calibration {calibration!r}; choose from {known}")
+    require_one_of("calibration", calibration, CALIBRATIONS)
+    require_one_of("compensation", compensation, COMPENSATIONS)
+    settings.setdefault("schedule", default_schedule(compensation))
     check_settings(timesteps, weight_bits, **settings)
     if on_meta(model):
         raise UsageError(

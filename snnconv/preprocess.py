@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, require_one_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,11 +46,7 @@ class Preprocessing:
             raise UsageError(
                 f"preprocessing: crop_pct must be above 0, at most 1, not {self.crop_pct}"
             )
-        if self.interpolation not in INTERPOLATIONS:
-            raise UsageError(
-                f"preprocessing: unknown interpolation {self.interpolation!r}; choose from "
-                f"{', '.join(INTERPOLATIONS)}"
-            )
+        require_one_of("interpolation", self.interpolation, INTERPOLATIONS)
         if len(self.mean) != channels or len(self.std) != channels:
             raise UsageError(
                 f"preprocessing: {len(self.mean)} means and {len(self.std)} standard deviations "

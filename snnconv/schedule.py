@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from snnconv.choices import MAX_TIMESTEPS, MIN_TIMESTEPS
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, require_one_of
 
 SCHEDULES = ("paper", "drain", "stagger", "wait")
 
@@ -35,8 +35,7 @@ class Schedule:
     def __post_init__(self) -> None:
         """Check the values, and settle D = 0 where the schedule has no drain."""
         check_timesteps(self.timesteps)
-        if self.name not in SCHEDULES:
-            raise UsageError(f"unknown schedule {self.name!r}; choose from {', '.join(SCHEDULES)}")
+        require_one_of("schedule", self.name, SCHEDULES)
         if self.drain is not None and not (isinstance(self.drain, Integral) and self.drain >= 0):
             raise UsageError(f"--drain must be 'auto' or at least 0, not {self.drain}")
         if not (isinstance(self.stagger, Integral) and self.stagger >= 1):

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from networks import converted
 from PIL import Image
 from timm.models.nfnet import GammaAct
 from torch import nn
@@ -335,6 +336,24 @@ def test_one_unreadable_image_among_those_that_calibrate_is_left_out(
     assert "0.png" in capsys.readouterr().err
 
 
+def test_a_rank_without_a_job_silences_nobody(
+    capsys: pytest.CaptureFixture[str], own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert convert("--no-evaluate", "--json") == 0
+    assert Path(output(capsys)["checkpoint"]).is_file()
+
+
+def test_a_network_converted_from_python_can_be_inspected(
+    capsys: pytest.CaptureFixture[str], own_folder: Path
+) -> None:
+    save_network(converted("residual").network, Path("own.snn.safetensors"))
+    assert run(["inspect"]) == 0
+    out = capsys.readouterr().out
+    assert "unnamed" in out and "unknown: it was converted from Python" in out
+    assert "None" not in out
+
+
 def test_a_gate_is_missed_after_the_report(
     capsys: pytest.CaptureFixture[str], own_folder: Path
 ) -> None:
@@ -359,6 +378,9 @@ def test_a_gate_is_missed_after_the_report(
     assert run(others) == 2
     assert "--ann" in capsys.readouterr().err
     assert run([*others, "--ann", "zoo:digits"]) in (0, 4)
+    # As many images, but not the same ones.
+    assert run([*base[:-2], "--seed", "1", "--max-drop", "100"]) == 2
+    assert "--ann" in capsys.readouterr().err
 
 
 def test_data_named_elsewhere_are_spelled_out_in_the_report(

@@ -106,6 +106,13 @@ def test_a_retraining_starts_from_a_spiking_checkpoint(
     fewer = [*train, "--weight-bits", "4", "-o", "c.snn.safetensors"]
     assert run([*fewer, "--start-from", "a.snn.safetensors", "-q"]) == 0
     assert load_network(Path("c.snn.safetensors")).weight_bits == 4
+    hint = "a.snn.safetensors was trained with --seed 0"
+    assert hint not in capsys.readouterr().err
+    Path("d.train.pt").write_bytes(b"hours of work")
+    seeded = [*train, "-o", "d.snn.safetensors", "--seed", "1", "--force"]
+    assert run([*seeded, "--start-from", "a.snn.safetensors"]) == 0
+    err = capsys.readouterr().err
+    assert hint in err and "interrupted retraining d.train.pt is given up" in err
 
 
 @pytest.mark.parametrize(
@@ -114,6 +121,8 @@ def test_a_retraining_starts_from_a_spiking_checkpoint(
         (["--start-from", "nowhere.snn.safetensors"], 1, "nowhere.snn.safetensors"),
         (["--start-from", "x", "--epochs", "0"], 2, "--start-from would do nothing"),
         (["--start-from", str(LENET)], 2, "prepares its images otherwise"),
+        (["--start-from", "zoo:mnist_lenet.mnist-t3"], 2, "prepares its images otherwise"),
+        (["--start-from", "zoo:mnist"], 2, "the zoo has no spiking checkpoint 'mnist'"),
         (["--teacher", "zoo:digits", "--no-distill"], 2, "would teach nothing"),
         (["--teacher", "zoo:digits", "--epochs", "0"], 2, "--teacher would do nothing"),
         (["--teacher", "nowhere.pt"], 1, "nowhere.pt"),
@@ -189,6 +198,8 @@ def test_a_recipe_says_how_to_convert_and_options_override_it(
     assert run([*command, "--compensation", "gain"]) == 0
     found = output(capsys)
     assert (found["calibration"]["method"], found["initial_membrane"]) == ("mse", "zero")
+    # What is made up for is missing after T steps, and not where counts settle.
+    assert found["schedule"] == "paper"
     capsys.readouterr()
     everything = ["--compensation", "bias", "--calibration-images", "9999"]
     assert run([*command, *everything]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -156,6 +157,17 @@ def test_advice_against_lost_time_is_of_what_is_not_done_yet() -> None:
     ):
         told = mend(lost, Schedule(name, 3, 2, drain))
         assert told is not None and wanted in told["suggestion"]
+
+
+@pytest.mark.parametrize("made", [{"finetuning": {}}, {"compensation": {"kind": "bias"}}])
+def test_a_network_made_for_the_end_of_t_steps_is_not_sent_to_where_counts_settle(
+    made: dict[str, Any],
+) -> None:
+    network = convert(sure(1), PREPROCESSING, [images(8, 1)], timesteps=3).network
+    network = replace(network, neuron="unsigned", provenance={**network.provenance, **made})
+    diagnosis = found(network, None, "paper")
+    assert diagnosis["mend"]["cause"] == TIME
+    assert "the one it was made from" in diagnosis["mend"]["suggestion"]
 
 
 def test_a_layer_that_is_silent_in_the_ann_has_absolute_errors() -> None:

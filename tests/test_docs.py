@@ -70,7 +70,7 @@ def test_the_readme_names_only_commands_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
     used = set(re.findall(r"^snnconv (\w+)", blocks, re.MULTILINE))
-    assert used - {"finetune"} <= set(COMMANDS)  # announced there as not available yet
+    assert used <= set(COMMANDS)
 
 
 def test_the_concepts_page_knows_every_schedule() -> None:

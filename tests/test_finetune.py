@@ -452,6 +452,14 @@ def test_refusals(
     assert found == code
 
 
+def test_one_process_does_the_tuning(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(FINETUNE) == 2
+    assert "without torchrun" in capsys.readouterr().err
+
+
 def test_a_tuning_too_short_to_move_an_integer_says_so(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,7 @@ LAYERS = [
         "preprocess",
         "ops",
         "program",
+        "launch",
         "distributed",
     },
     {"recipe", "analog", "energy", "schedule"},

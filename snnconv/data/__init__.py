@@ -12,7 +12,7 @@ from snnconv.data.arrays import SPLITS, find_arrays, from_arrays, read_npz
 from snnconv.data.folders import read_folder
 from snnconv.data.images import ImageData, default_batch
 from snnconv.data.timm_sets import is_timm_set, read_timm
-from snnconv.errors import DataError, UsageError
+from snnconv.errors import DataError, UsageError, require_one_of
 
 __all__ = [
     "SPLITS",
@@ -82,8 +82,7 @@ def open_data(
     `seed`, are `train` and the rest is `test`; with 0 both are the whole. The `note` says so.
     Raises DataError if there are no images or they cannot be read.
     """
-    if split not in SPLITS:
-        raise UsageError(f"unknown split {split!r}; choose from {', '.join(SPLITS)}")
+    require_one_of("split", split, SPLITS)
     parts = _parts(str(source))
     if set(parts) == set(SPLITS):
         return parts[split]

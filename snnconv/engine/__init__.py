@@ -15,7 +15,7 @@ from torch import Tensor
 
 from snnconv.engine import counts, native, reference
 from snnconv.engine.trace import Endpoint, Trace
-from snnconv.errors import UsageError
+from snnconv.errors import UsageError, require_one_of
 from snnconv.network import SpikingNetwork
 from snnconv.schedule import Schedule, check_timesteps
 
@@ -67,8 +67,7 @@ def prepare(
     """
     check_timesteps(timesteps)
     _check_device(device)
-    if engine not in ENGINES:
-        raise UsageError(f"unknown engine {engine!r}; choose from {', '.join(ENGINES)}")
+    require_one_of("engine", engine, ENGINES)
     if engine in ("auto", "native"):
         refused = native.refusal(network, timesteps, device)
         if refused is None:
