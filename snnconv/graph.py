@@ -25,6 +25,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from snnconv.errors import NotConvertibleError, first_line
 from snnconv.rewrite import rewrite
+from snnconv.tracer import Tracer
 
 # Tracing and folding reorder float additions; anything beyond this is another function.
 TRACE_TOLERANCE = 1e-3
@@ -66,22 +67,6 @@ class Traced:
         stack = node.meta.get("nn_module_stack") or {}
         owner = next(reversed(stack.values()))[0] if stack else ""
         return f"{owner}:{node.name}" if owner else node.name
-
-
-class _Tracer(fx.Tracer):
-    """Enter every module but torch's own and those timm asks not to be entered."""
-
-    def __init__(self) -> None:
-        from timm.layers import get_notrace_functions, get_notrace_modules
-        from timm.models.nfnet import NormFreeBlock
-
-        functions = tuple(get_notrace_functions())
-        super().__init__(autowrap_functions=functions, param_shapes_constant=True)
-        # What it changes in place is no trouble here.
-        self.leaves = tuple(set(get_notrace_modules()) - {NormFreeBlock})
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return isinstance(module, self.leaves) or super().is_leaf_module(module, qualified_name)
 
 
 def expand_leaves(model: nn.Module, example: Tensor) -> nn.Module:
@@ -253,14 +238,14 @@ def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
     _check_outputs(expected)
     try:
         expanded = expand_leaves(model, example).float()
-        graph = _Tracer().trace(expanded, _defaults(expanded))
+        graph = Tracer(example).trace(expanded, _defaults(expanded))
         for placeholder in [n for n in graph.nodes if n.op == "placeholder"][1:]:
             _erase(placeholder)
         traced = fx.GraphModule(expanded, graph)
     except Exception as error:
         raise NotConvertibleError(
             f"torch.fx cannot trace {type(model).__name__}: {first_line(error)}; "
-            "control flow that depends on the data must be taken out of forward()"
+            "control flow that depends on the images must be taken out of forward()"
         ) from error
     try:
         values = rewrite(traced, example)

@@ -32,7 +32,7 @@ LAYERS = [
         "distributed",
     },
     {"recipe", "analog", "energy", "schedule"},
-    {"rewrite"},
+    {"rewrite", "tracer"},
     {"graph", "load", "replace"},
     {"operations"},
     {"plan"},
