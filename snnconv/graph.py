@@ -25,6 +25,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from snnconv.errors import NotConvertibleError, first_line
 from snnconv.rewrite import rewrite
+from snnconv.rewrite.tools import argument, name_of
 from snnconv.tracer import Tracer
 
 # Tracing and folding reorder float additions; anything beyond this is another function.
@@ -269,7 +270,25 @@ def _trace(model: nn.Module, input_size: tuple[int, ...]) -> Traced:
             f"the traced network computes another {other} than the model: part of forward() runs "
             "outside what torch.fx sees, or changes a tensor in place that has another name too"
         )
+    _drop_log_softmax(traced, values.shapes)
     return Traced(traced, values.shapes, input_size, example)
+
+
+def _drop_log_softmax(traced: fx.GraphModule, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Leave out a log-softmax at an output: it shifts all logits of an image, or pixel, alike."""
+    (output,) = (n for n in traced.graph.nodes if n.op == "output")
+    for node in output.all_input_nodes:
+        name = name_of(traced, node)
+        if name not in ("log_softmax", "LogSoftmax"):
+            continue
+        axis = argument(node, 1, "dim")
+        if node.op == "call_module":
+            axis = traced.get_submodule(str(node.target)).dim
+        source = argument(node, 0, "input")
+        if isinstance(axis, int) and axis % (len(shapes[node.name]) + 1) == 1:
+            output.replace_input_with(node, source)
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
 
 
 def _keep_names_for(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -66,8 +66,8 @@ class Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Yield the parts of a tuple or list. Raises TraceError if its length is not settled."""
-        found = self.settled(obj.node, len)
-        return super().iter(obj) if found is None else (obj[i] for i in range(found))
+        found, parts = self.settled(obj.node, len), cast("Any", obj)
+        return super().iter(obj) if found is None else (parts[i] for i in range(found))
 
     def settled(self, node: fx.Node, measure: Callable[[Any], Any]) -> Any:
         """Return a measure of a node's value if it follows from shapes; else None."""
@@ -129,9 +129,9 @@ class _Sized:
     """What a proxy answers by running the graph."""
 
     node: fx.Node
-    tracer: Tracer
+    tracer: Any
 
-    def __getattr__(self, name: str) -> Attribute:
+    def __getattr__(self: Any, name: str) -> Attribute:
         return _Attribute(self, name)
 
     def __len__(self) -> int:

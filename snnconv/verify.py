@@ -180,7 +180,7 @@ class _Oracle:
             return torch.zeros(images, *self.traced.shapes[argument.name], dtype=torch.float64)
 
         result = self.apply(node, value)
-        if isinstance(result, Tensor) and (factor := self.pool_factor(node)) != 1:
+        if isinstance(result, Tensor) and (factor := self.pool_factor(node)):
             result = (result * factor).round()
         return result
 
@@ -231,10 +231,10 @@ class _Oracle:
         return node.target(*args, **kwargs)
 
     def pool_factor(self, node: fx.Node) -> int:
-        """Return what turns an average into the stored sum."""
+        """Return what turns an average into the stored sum; 0 where nothing is averaged."""
         relay = self.nodes.get(node.name)
         if getattr(relay, "op", "") != "sum_pool":
-            return 1
+            return 0
         return int(relay.attributes["pool"].lcm)  # type: ignore[union-attr]
 
     def fire(self, neurons: Neurons) -> Tensor:
@@ -467,7 +467,7 @@ def _worths(oracle: _Oracle) -> dict[str, Tensor]:
             worths[node.name] = plane * _spread(island.unit, plane)
         elif node.name in oracle.plan.sites or not oracle.has_shape(node):
             worths[node.name] = oracle.apply(node, lambda n: _worth(oracle, worths, n))
-            if (factor := oracle.pool_factor(node)) != 1:
+            if factor := oracle.pool_factor(node):
                 before = worths[oracle.inputs(node)[0].name].amax((2, 3), keepdim=True)
                 worths[node.name] = (before / factor).expand_as(worths[node.name])
         if (name := oracle.plan.sites.get(node.name)) is not None:

@@ -229,6 +229,12 @@ VECTORS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
         lambda x: torch.mean(x, 2, True).mean(dim=3, keepdim=True).flatten(1), 8
     ),
     "a maximum by axes": (lambda x: torch.amax(x.amax(2), 2), 8),
+    "a sum": (lambda x: x.sum((2, 3)), 8),
+    "a sum by axes": (lambda x: x.sum(3).sum(2), 8),
+    "a mean of pixels in a row": (lambda x: x.view(x.size(0), x.size(1), -1).mean(dim=2), 8),
+    "a maximum of pixels in a row": (lambda x: x.flatten(2).max(-1)[0], 8),
+    "values of maxima": (lambda x: x.max(3).values.max(dim=2).values, 8),
+    "a constant matrix": (lambda x: pooled(x).flatten(1) @ torch.eye(8), 8),
     "a mean that names its input": (lambda x: torch.mean(input=x, dim=(2, 3)), 8),
     "lines, then pixels": (lambda x: x[:, :, :2, :3].flatten(2).flatten(1), 48),
     "from tokens": (lambda x: x[:, :, :2, :3].flatten(2)[:, None].reshape(-1, 48), 48),
@@ -244,7 +250,8 @@ def test_a_vector_of_an_image_is_no_function_that_is_computed_apart(name: str) -
     conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
     assert check_equal(conversion, pixels)[0].equal
     assert not conversion.network.islands
-    assert [p.path for p in conversion.network.populations] == ["relu"]
+    matrices = name == "a constant matrix"  # behind which neurons stand, as between any two layers
+    assert len(conversion.network.populations) == 1 + matrices
     x = PREPROCESSING.normalize(pixels)
     torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
 
@@ -253,6 +260,82 @@ def test_an_average_over_one_axis_alone_is_no_pooling() -> None:
     model = Small(lambda x: x.mean(3).amax(2)).eval()
     network = convert(model, PREPROCESSING, [images(6)]).network
     assert network.islands
+
+
+def strided(x: Tensor) -> Tensor:
+    return x[:, :4, ::2, ::2]
+
+
+SHORTCUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros of its shape": lambda x: torch.cat([strided(x), torch.zeros_like(strided(x))], 1),
+    "zeros of any shape": lambda x: torch.cat(
+        [x.new_zeros(x.size(0), 1, 6, 6), strided(x), x.new_zeros(x.size(0), 3, 6, 6)], dim=1
+    ),
+    "times zero": lambda x: torch.cat([strided(x), strided(x).mul(0)], axis=1),
+    "between others": lambda x: torch.cat(
+        [strided(x)[:, :2], 0 * strided(x)[:, 1:], strided(x)[:, :3]], 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHORTCUTS)
+def test_channels_of_zeros_are_a_border(name: str) -> None:
+    torch.manual_seed(0)
+
+    def body(net: Net, x: Tensor) -> Tensor:
+        layer = net.second
+        return F.conv2d(x, layer.weight, layer.bias, stride=2, padding=1) + SHORTCUTS[name](x)
+
+    model = Net(body).eval()
+    pixels = images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+    # Channels that stand between others have neurons of their own.
+    assert len(conversion.network.populations) == 2 + (name == "between others")
+
+
+@pytest.mark.parametrize("name", ["add", "sub"])
+def test_a_sum_may_weigh_its_second_operand(name: str) -> None:
+    torch.manual_seed(0)
+
+    def body(net: Net, x: Tensor) -> Tensor:
+        return getattr(torch, name)(x, net.second(x), alpha=0.3)
+
+    model, pixels = Net(body).eval(), images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+    x = PREPROCESSING.normalize(pixels)
+    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_narrowed_is_a_slice() -> None:
+    model = Net(lambda n, x: torch.cat([x.narrow(1, 4, 4), x.narrow(-3, 0, 4).detach()], 1)).eval()
+    conversion = convert(model, PREPROCESSING, [images(6)], timesteps=5)
+    assert check_equal(conversion, images(6, 2))[0].equal
+    assert len(conversion.network.populations) == 1
+
+
+@pytest.mark.parametrize("last", [nn.LogSoftmax(dim=1), lambda x: F.log_softmax(x, dim=-1)])
+def test_a_last_log_softmax_is_left_out(last: Callable[[Tensor], Tensor]) -> None:
+    class Classifier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = Small(lambda x: x.mean((2, 3))), last
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.body(x))
+
+    torch.manual_seed(0)
+    model, pixels = Classifier().eval(), images(6, 2)
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+    assert len(conversion.network.populations) == 1
+    x = PREPROCESSING.normalize(pixels)
+    logits = conversion.qann(x)["logits"]
+    torch.testing.assert_close(logits.log_softmax(1), model(x), rtol=1e-3, atol=1e-4)
+    # One over the images of a batch is no shift.
+    with pytest.raises(NotConvertibleError, match="cannot be converted"):
+        convert(nn.Sequential(Small(lambda x: x.mean((2, 3))), nn.LogSoftmax(0)), PREPROCESSING)
 
 
 class Twice(nn.Module):

@@ -27,13 +27,14 @@ from snnconv.rewrite.rearrangements import foldings, rearrangements, views
 from snnconv.rewrite.splits import splits
 from snnconv.rewrite.tools import Values
 from snnconv.rewrite.upsampling import upsampling
+from snnconv.rewrite.zeros import zeros
 
 __all__ = ["AFFINE", "Composite", "Neurons", "Rearrangement", "Values", "rewrite"]
 
 # In this order; each takes the graph and its values, and returns whether it changed anything.
 CHANGES = (
     views, casts, sizes, constants, splits, norms, channels_last, foldings, rearrangements, pools,
-    upsampling, broadcasts, composites, arithmetic, leaky, islands, concats,
+    upsampling, broadcasts, zeros, composites, arithmetic, leaky, islands, concats,
 )  # fmt: skip
 
 

@@ -29,8 +29,8 @@ ARITHMETIC = {
 
 def arithmetic(module: fx.GraphModule, values: Values) -> bool:
     """Write calculations with constants, one per channel or one for all, as `affine`."""
+    changed = _weigh(module, values)
     known = known_values(module)
-    changed = False
     for node in list(module.graph.nodes):
         if node in known or node.name not in values.shapes or node.op == "call_module":
             continue
@@ -52,6 +52,24 @@ def arithmetic(module: fx.GraphModule, values: Values) -> bool:
         elif kind == "sub" and not node.kwargs:
             _subtract_(module, node, values)
             changed = True
+    return changed
+
+
+def _weigh(module: fx.GraphModule, values: Values) -> bool:
+    """Write `add(x, y, alpha=a)` as `x + a y`."""
+    changed = False
+    for node in list(module.graph.nodes):
+        alpha, shape = node.kwargs.get("alpha"), values.shapes.get(node.name)
+        if not isinstance(alpha, (int, float)) or len(node.args) != 2 or shape is None:
+            continue
+        if ARITHMETIC.get(name_of(module, node)) not in ("add", "sub"):
+            continue
+        with module.graph.inserting_before(node):
+            weighed = module.graph.call_function(operator.mul, (node.args[1], alpha))
+        values.shapes[weighed.name] = shape
+        node.args = (node.args[0], weighed)
+        node.kwargs = {k: v for k, v in node.kwargs.items() if k != "alpha"}
+        changed = True
     return changed
 
 

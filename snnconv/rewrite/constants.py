@@ -17,7 +17,7 @@ from snnconv.rewrite.tools import (
     replace_by_module,
 )
 
-_CASTS = ("bfloat16", "double", "float", "half", "to", "type_as")
+_CASTS = ("bfloat16", "detach", "double", "float", "half", "to", "type_as")
 
 
 def sizes(module: fx.GraphModule, values: Values) -> bool:
@@ -40,7 +40,7 @@ def sizes(module: fx.GraphModule, values: Values) -> bool:
 
 
 def casts(module: fx.GraphModule, values: Values) -> bool:
-    """Drop changes of a tensor's number type; there is one for the whole network."""
+    """Drop changes of a tensor's number type, one for the whole network, and of what is learnt."""
     changed = False
     for node in list(module.graph.nodes):
         source = node.args[0] if node.args else None
@@ -90,8 +90,12 @@ def _with_constants(
 
     if name == "conv2d":
         return _convolution(value), source
-    if name == "linear":
+    if name in ("linear", "matmul", "mm"):
         weight, bias = value(1, "weight"), value(2, "bias")
+        if name != "linear":
+            if not isinstance(weight, Tensor) or weight.ndim != 2:
+                return None
+            weight = weight.t()
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         return _holding(linear, weight=weight, bias=bias), source
     if name == "batch_norm" and not value(5, "training", False):

@@ -15,7 +15,7 @@ def keywords(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         if not node.op.startswith("call") or not node.kwargs:
             continue
-        names = _OPERANDS
+        names: tuple[str, ...] = _OPERANDS
         if node.op == "call_module":
             forward = module.get_submodule(str(node.target)).forward
             names = tuple(inspect.signature(forward).parameters)

@@ -1,31 +1,35 @@
-"""Means and maxima over all pixels."""
+"""Sums, means and maxima over all pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import fx
 
+from snnconv.rewrite.rearrangements import origin
 from snnconv.rewrite.tools import Values, argument, name_of
 
-_POOLS: dict[str, Callable[..., Tensor]] = {
-    "mean": F.adaptive_avg_pool2d,
-    "amax": F.adaptive_max_pool2d,
-}
+_POOLS = ("mean", "sum", "amax")
 
 
 def pools(module: fx.GraphModule, values: Values) -> bool:
-    """Write means and maxima over all pixels, at once or one axis after the other, as poolings."""
-    changed = False
+    """Write what is taken over all pixels, at once or one axis after the other, as pooling."""
+    changed = _maxima(module, values)
     for node in list(module.graph.nodes):
-        found = _over_all_pixels(module, node, values)
+        name = name_of(module, node)
+        found = _over_all_pixels(module, node, values) if name in _POOLS else None
         if found is None:
             continue
         image, kept = found
         with module.graph.inserting_before(node):
-            new = module.graph.call_function(_POOLS[name_of(module, node)], (image, 1))
+            if name == "sum":
+                window, once = values.shapes[image.name][1:], {"divisor_override": 1}
+                new = module.graph.call_function(F.avg_pool2d, (image, window), {**once})
+            else:
+                pool: Any = F.adaptive_avg_pool2d if name == "mean" else F.adaptive_max_pool2d
+                new = module.graph.call_function(pool, (image, 1))
             if not kept:
                 new = module.graph.call_function(torch.flatten, (new, 1))
         node.replace_all_uses_with(new)
@@ -34,26 +38,66 @@ def pools(module: fx.GraphModule, values: Values) -> bool:
     return changed
 
 
+def _maxima(module: fx.GraphModule, values: Values) -> bool:
+    """Write the values of `max` along an axis as `amax`."""
+    changed = False
+    for node in list(module.graph.nodes):
+        axis = argument(node, 1, "dim")
+        if name_of(module, node) != "max" or not isinstance(axis, int):
+            continue
+        taken = [u for u in node.users if u.args in ((node, 0), (node, "values"))]
+        if not taken or len(taken) < len(node.users):
+            continue
+        with module.graph.inserting_before(node):
+            kept = argument(node, 2, "keepdim", False)
+            new = module.graph.call_function(torch.amax, (node.args[0], axis, kept))
+        values.shapes[new.name] = values.shapes[taken[0].name]
+        for user in taken:
+            user.replace_all_uses_with(new)
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        changed = True
+    return changed
+
+
 def _over_all_pixels(
     module: fx.GraphModule, node: fx.Node, values: Values
 ) -> tuple[fx.Node, bool] | None:
-    """Return the image whose pixels a node is the mean or maximum of; whether their axes stay."""
-    name = name_of(module, node)
-    if name not in _POOLS:
-        return None
-    chain, image = [node], argument(node, 0, "input")
-    if isinstance(image, fx.Node) and name_of(module, image) == name:
-        chain, image = [image, node], argument(image, 0, "input")
-    if not isinstance(image, fx.Node) or len(values.shapes.get(image.name, ())) != 3:
-        return None
-    kept = {bool(argument(n, 2, "keepdim", False)) for n in chain}
-    left, gone = [0, 1, 2, 3], []
-    for reduction in chain:
-        axes = argument(reduction, 1, "dim")
-        axes = (axes,) if isinstance(axes, int) else axes
-        if len(kept) != 1 or not isinstance(axes, (tuple, list)):
+    """Return the image over whose pixels a node goes; whether their axes stay."""
+    chain = [node]
+    while len(chain) <= 2:
+        source = argument(chain[0], 0, "input")
+        if not isinstance(source, fx.Node) or source.name not in values.shapes:
             return None
-        gone += [left[axis % len(left)] for axis in axes]
-        if kept == {False}:
-            left = [axis for axis in left if axis not in gone]
-    return (image, True in kept) if sorted(gone) == [2, 3] else None
+        image = origin(module, source, values)
+        shape = values.shapes[image.name]
+        kept = {bool(argument(n, 2, "keepdim", False)) for n in chain}
+        axes = [argument(n, 1, "dim") for n in chain]
+        if (
+            len(shape) == 3
+            and len(kept) == 1
+            and _goes_over(axes, values.shapes[source.name], shape, True in kept)
+        ):
+            return image, True in kept
+        if name_of(module, source) != name_of(module, node):
+            return None
+        chain.insert(0, source)
+    return None
+
+
+def _goes_over(axes: list[Any], given: tuple[int, ...], image: tuple[int, ...], kept: bool) -> bool:
+    """Return whether axes, one call's after the other's, are those of all pixels of an image.
+
+    The image may have been `given` with its pixels in a row.
+    """
+    in_a_row = given == (image[0], image[1] * image[2]) and not kept
+    if given != image and not in_a_row:
+        return False
+    left, gone = [*range(len(given) + 1)], []
+    for some in axes:
+        some = (some,) if isinstance(some, int) else some
+        if not isinstance(some, (tuple, list)):
+            return False
+        gone += [left[axis % len(left)] for axis in some]
+        left = left if kept else [axis for axis in left if axis not in gone]
+    return sorted(gone) == [*range(2, len(given) + 1)]

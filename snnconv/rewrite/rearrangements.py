@@ -45,19 +45,17 @@ def foldings(module: fx.GraphModule, values: Values) -> bool:
     What leaves a tensor's shape as it is, too, is nothing.
     """
     known = known_values(module)
-    origins: dict[fx.Node, fx.Node] = {}
     changed = False
     for node in list(module.graph.nodes):
-        if node in known or not _keeps_order(module, node, values):
+        source = origin(module, node, values)
+        if node in known or source is node:
             continue
-        source: Any = node.args[0]
-        origin = origins[node] = origins.get(source, source)
-        before, after = values.shapes[origin.name], values.shapes[node.name]
+        before, after = values.shapes[source.name], values.shapes[node.name]
         if before == after:
-            node.replace_all_uses_with(origin)
-        elif len(before) == 3 and len(after) == 1 and not _flattens(module, node, origin):
+            node.replace_all_uses_with(source)
+        elif len(before) == 3 and len(after) == 1 and not _flattens(module, node, source):
             with module.graph.inserting_before(node):
-                new = module.graph.call_function(torch.flatten, (origin, 1))
+                new = module.graph.call_function(torch.flatten, (source, 1))
             values.shapes[new.name] = after
             node.replace_all_uses_with(new)
         else:
@@ -66,9 +64,18 @@ def foldings(module: fx.GraphModule, values: Values) -> bool:
     return changed
 
 
-def _flattens(module: fx.GraphModule, node: fx.Node, origin: fx.Node) -> bool:
+def origin(module: fx.GraphModule, node: fx.Node, values: Values) -> fx.Node:
+    """Return the first node that has the numbers of a node, all in their order."""
+    while _keeps_order(module, node, values):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        node = source
+    return node
+
+
+def _flattens(module: fx.GraphModule, node: fx.Node, source: fx.Node) -> bool:
     """Return whether a node makes a vector of an image at once already."""
-    return node.args[0] is origin and name_of(module, node) in RESHAPES
+    return node.args[0] is source and name_of(module, node) in RESHAPES
 
 
 def _keeps_order(module: fx.GraphModule, node: fx.Node, values: Values) -> bool:

@@ -1,4 +1,4 @@
-"""Parts of a split are slices."""
+"""Parts of a tensor are slices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _JOINTS = (*CONCATENATIONS, "stack")
 
 def splits(module: fx.GraphModule, values: Values) -> bool:
     """Write what is taken out of a split as the slice it is."""
-    changed = False
+    changed = _narrowed(module, values)
     for node in [n for n in module.graph.nodes if n.name in values.parts]:
         for user in list(node.users):
             if name_of(module, user) in _JOINTS and argument(user, 0, "tensors") is node:
@@ -48,6 +48,26 @@ def splits(module: fx.GraphModule, values: Values) -> bool:
         with module.graph.inserting_before(node):
             new = module.graph.call_function(operator.getitem, (whole, tuple(bounds)))
         new.meta = dict(node.meta)
+        values.shapes[new.name] = values.shapes[node.name]
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+        changed = True
+    return changed
+
+
+def _narrowed(module: fx.GraphModule, values: Values) -> bool:
+    changed = False
+    for node in list(module.graph.nodes):
+        if name_of(module, node) != "narrow" or len(node.args) != 4:
+            continue
+        source, axis, first, length = node.args
+        numbers = all(isinstance(n, int) for n in (axis, first, length))
+        if not isinstance(source, fx.Node) or not numbers or source.name not in values.shapes:
+            continue
+        axis %= len(values.shapes[source.name]) + 1
+        bounds = (*[slice(None)] * axis, slice(first, first + length))
+        with module.graph.inserting_before(node):
+            new = module.graph.call_function(operator.getitem, (source, bounds))
         values.shapes[new.name] = values.shapes[node.name]
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
