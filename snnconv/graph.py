@@ -296,10 +296,11 @@ def _keep_names_for(
 ) -> None:
     """Give nodes that are called as an output is another name."""
     for node in traced.graph.nodes:
-        if (name := node.name) in outputs:
-            node._rename(f"{name}_node")
-            if name in shapes:
-                shapes[node.name] = shapes.pop(name)
+        name = node.name
+        while node.name in outputs:
+            node._rename(f"{node.name}_node")
+        if node.name != name and name in shapes:
+            shapes[node.name] = shapes.pop(name)
     traced.recompile()
 
 

@@ -20,6 +20,7 @@ from snnconv.graph import Traced
 from snnconv.ops import Pool, adaptive_windows, pool_windows
 from snnconv.rewrite import AFFINE, Composite, Neurons, Rearrangement
 from snnconv.rewrite.islands import is_analog
+from snnconv.rewrite.tools import argument
 from snnconv.rewrite.translate import analog_call
 
 REPLACE = "use a variant of the network with ReLU"
@@ -404,12 +405,6 @@ _SAME_NAME = {
 }
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
 def _function(
     traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...], shape: tuple[int, ...]
 ) -> Operation:
@@ -421,7 +416,7 @@ def _function(
     x = inputs[0] if inputs else None
 
     def arg(position: int, key: str, default: Any = None) -> Any:
-        return _argument(node, position, key, default)
+        return argument(node, position, key, default)
 
     if name == "relu" and x is not None:
         return _activation(x, 0, None)
@@ -492,7 +487,7 @@ def _not_supported(name: str, what: str) -> Operation:
 
 
 def _add(traced: Traced, node: fx.Node, inputs: tuple[fx.Node, ...]) -> Operation:
-    operands: Any = [_argument(node, 0, "input"), _argument(node, 1, "other")]
+    operands: Any = [argument(node, 0, "input"), argument(node, 1, "other")]
     if node.kwargs.get("alpha", 1) != 1:
         return unsupported("add with alpha", "scale the weights instead")
     if not all(isinstance(o, fx.Node) for o in operands):

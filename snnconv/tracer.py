@@ -1,32 +1,31 @@
 """Record what a model calls, and let it decide by the sizes of tensors on the way.
 
-torch.fx knows no values while it traces, and so no `if x.shape[-1] > 7`. Here the graph so far is
-run on an example where a size is asked for. An answer counts if it is the same for batches of
-several sizes and comes from shapes alone, not from what an image shows.
+torch.fx knows no values while it traces, and so no `if x.shape[-1] > 7`. Where a model asks for a
+size, the graph so far is run on torch's `meta` device, which knows shapes and no numbers: what an
+image shows can decide nothing there. An answer counts if it is the same for batches of any size.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute, TraceError
 
-# What tells of a tensor's shape and type, and nothing of its numbers.
-_SHAPES = frozenset({
-    "device", "dim", "dtype", "is_floating_point", "len", "ndim", "ndimension", "nelement", "numel",
-    "shape", "size",
-})  # fmt: skip
+# Images in the batches that must agree.
+BATCHES = (1, 2, 3, 100_003)
 
 
 class Tracer(fx.Tracer):
     """Enter every module but torch's own and those timm asks not to be entered."""
 
-    def __init__(self, example: Tensor) -> None:
-        """Take an example of two images `[2, C, H, W]`, on which to find out sizes."""
+    def __init__(self, example: Tensor | None = None) -> None:
+        """Take a batch `[N, C, H, W]` as the model gets; without one, there are no sizes."""
         from timm.layers import get_notrace_functions, get_notrace_modules
         from timm.models.nfnet import NormFreeBlock
 
@@ -34,9 +33,9 @@ class Tracer(fx.Tracer):
         super().__init__(autowrap_functions=functions, param_shapes_constant=True)
         # What it changes in place is no trouble here.
         self.leaves = tuple(set(get_notrace_modules()) - {NormFreeBlock})
-        # Runs on one, two and three images: what has been computed, by node.
-        self.examples = [example[:1], example, torch.cat([example, example[:1]])]
-        self.runs: list[dict[fx.Node, Any]] = [{} for _ in self.examples]
+        self.example = example
+        # What has been computed for each batch, by node; whether something is being computed.
+        self.runs: list[dict[fx.Node, Any]] = [{} for _ in BATCHES]
         self.running = False
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
@@ -70,20 +69,29 @@ class Tracer(fx.Tracer):
         return super().iter(obj) if found is None else (parts[i] for i in range(found))
 
     def settled(self, node: fx.Node, measure: Callable[[Any], Any]) -> Any:
-        """Return a measure of a node's value if it follows from shapes; else None."""
+        """Return a measure of a node's value if sizes settle it, for batches of any; else None."""
+        if self.example is None:
+            return None
         found = []
-        for run, example in zip(self.runs, self.examples, strict=True):
+        for images, run in zip(BATCHES, self.runs, strict=True):
             self.running = True
             try:
-                value = self._value(node, run, example)
+                value = self._value(node, run, images)
+                if isinstance(value, Tensor):
+                    return None
+                found.append(measure(value))
+            except Exception:
+                return None  # it asks for numbers, or does not run on so many images
             finally:
                 self.running = False
-            if isinstance(value, Tensor) or not self._is_of_shapes(node, run):
-                return None
-            found.append(measure(value))
         return found[0] if all(f == found[0] for f in found) else None
 
-    def _value(self, last: fx.Node, run: dict[fx.Node, Any], example: Tensor) -> Any:
+    @cached_property
+    def shapes_only(self) -> nn.Module:
+        """A copy of the model without numbers."""
+        return copy.deepcopy(self.root).to("meta")
+
+    def _value(self, last: fx.Node, run: dict[fx.Node, Any], images: int) -> Any:
         """Compute a node, and what it needs."""
         waiting = [last]
         while waiting:
@@ -93,40 +101,30 @@ class Tracer(fx.Tracer):
                 continue
             node = waiting.pop()
             if node not in run:
-                run[node] = self._call(node, run, example)
+                run[node] = self._call(node, run, images)
         return run[last]
 
-    def _call(self, node: fx.Node, run: dict[fx.Node, Any], example: Tensor) -> Any:
+    def _call(self, node: fx.Node, run: dict[fx.Node, Any], images: int) -> Any:
+        assert self.example is not None
         if node.op == "placeholder":
-            return example.clone()
+            return torch.empty(images, *self.example.shape[1:], device="meta")
         if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(self.root)
+            value = operator.attrgetter(str(node.target))(self.root)
+            return value.to("meta") if isinstance(value, Tensor) else value
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: run[n])
         target: Any = node.target
+        if target is getattr and args[1] == "device":
+            return self.example.device
         if node.op == "call_module":
-            target = self.root.get_submodule(str(node.target))
+            target = self.shapes_only.get_submodule(str(node.target))
         elif node.op == "call_method":
             target, args = getattr(args[0], str(node.target)), args[1:]
         with torch.no_grad():
             return target(*args, **kwargs)
 
-    @staticmethod
-    def _is_of_shapes(last: fx.Node, run: dict[fx.Node, Any]) -> bool:
-        """Return whether a value depends on tensors by their shapes alone."""
-        waiting = [last]
-        while waiting:
-            node = waiting.pop()
-            if _holds_tensors(run[node]):
-                continue
-            inputs = node.all_input_nodes
-            if any(_holds_tensors(run[n]) for n in inputs) and _query(node) not in _SHAPES:
-                return False
-            waiting += inputs
-        return True
-
 
 class _Sized:
-    """What a proxy answers by running the graph."""
+    """What a proxy answers by the sizes there are."""
 
     node: fx.Node
     tracer: Any
@@ -159,16 +157,3 @@ class _Proxy(_Sized, fx.Proxy):
 
 class _Attribute(_Sized, Attribute):
     """An attribute or a method of such a value."""
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return any(map(_holds_tensors, value))
-    return isinstance(value, Tensor)
-
-
-def _query(node: fx.Node) -> str:
-    """Return what a node asks a tensor for, by attribute, method or function."""
-    if node.target is getattr:
-        return str(node.args[1])
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")

@@ -230,7 +230,8 @@ VECTORS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
     ),
     "a maximum by axes": (lambda x: torch.amax(x.amax(2), 2), 8),
     "a sum": (lambda x: x.sum((2, 3)), 8),
-    "a sum by axes": (lambda x: x.sum(3).sum(2), 8),
+    "a sum by axes": (lambda x: x.sum(axis=3).sum(2), 8),
+    "a mean as NumPy has it": (lambda x: x.mean(axis=(2, 3), keepdims=True).flatten(1), 8),
     "a mean of pixels in a row": (lambda x: x.view(x.size(0), x.size(1), -1).mean(dim=2), 8),
     "a maximum of pixels in a row": (lambda x: x.flatten(2).max(-1)[0], 8),
     "values of maxima": (lambda x: x.max(3).values.max(dim=2).values, 8),
@@ -309,7 +310,11 @@ def test_a_sum_may_weigh_its_second_operand(name: str) -> None:
 
 
 def test_what_is_narrowed_is_a_slice() -> None:
-    model = Net(lambda n, x: torch.cat([x.narrow(1, 4, 4), x.narrow(-3, 0, 4).detach()], 1)).eval()
+    model = Net(
+        lambda n, x: torch.cat(
+            [x.narrow(1, -4, 4), x.narrow(dim=-3, start=0, length=4).detach()], 1
+        )
+    ).eval()
     conversion = convert(model, PREPROCESSING, [images(6)], timesteps=5)
     assert check_equal(conversion, images(6, 2))[0].equal
     assert len(conversion.network.populations) == 1
@@ -393,7 +398,21 @@ def test_a_function_may_be_told_its_input_by_name(name: str) -> None:
     assert one == two
 
 
-@pytest.mark.parametrize("key", ["relu", "add", "x", "stem"])
+def test_operands_may_be_told_by_name() -> None:
+    def body(net: Net, x: Tensor) -> Tensor:
+        return torch.add(torch.mul(net.second(x), other=0.5), other=x)
+
+    conversion = convert(Net(body).eval(), PREPROCESSING, [images(6)], timesteps=3)
+    assert check_equal(conversion, images(6, 2))[0].equal
+    assert len(conversion.network.populations) == 2
+
+
+def test_what_is_divided_by_a_sum_is_computed_with_it() -> None:
+    model = Net(lambda n, x: x.exp() / x.exp().sum((2, 3), keepdim=True)).eval()
+    assert len(convert(model, PREPROCESSING, [images(6)], timesteps=3).network.islands) == 1
+
+
+@pytest.mark.parametrize("key", ["relu", "add", "x", "stem", "relu_node"])
 def test_an_output_may_have_the_name_of_what_is_inside(key: str) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -403,12 +422,13 @@ def test_an_output_may_have_the_name_of_what_is_inside(key: str) -> None:
 
         def forward(self, x: Tensor) -> dict[str, Tensor]:
             features = torch.add(F.relu(self.stem(x)), self.other(x))
-            return {key: features, "logits": self.head(F.relu(features).mean((2, 3)))}
+            relu = F.relu(features)
+            return {"relu": relu, key: features, "logits": self.head(relu.mean((2, 3)))}
 
     torch.manual_seed(0)
     model, pixels = Named().eval(), images(6, 2)
     conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
-    assert [r.name for r in conversion.network.readouts] == [key, "logits"]
+    assert {r.name for r in conversion.network.readouts} == {key, "relu", "logits"}
     assert check_equal(conversion, pixels)[0].equal
     x = PREPROCESSING.normalize(pixels)
     for name, output in model(x).items():
@@ -573,6 +593,8 @@ def test_a_parameter_that_is_used_as_it_is_stays_the_one_it_is() -> None:
         lambda n, x: n.second(x - x.mean(0, keepdim=True)),
         lambda n, x: n.second(x.softmax(0)),
         lambda n, x: F.conv2d(x, n.second.weight * x.mean(), n.second.bias, padding=1),
+        lambda n, x: x / x.reshape(-1).max(0)[0],
+        lambda n, x: torch.where(condition=x > 1, input=x, other=n.second(x)),
     ],
 )
 def test_images_that_are_mixed_are_refused(body: Callable[[Net, Tensor], Tensor]) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from networks import PREPROCESSING, images
 from torch import Tensor, nn
 
 from snnconv.errors import NotConvertibleError
+from snnconv.graph import trace
 from snnconv.pipeline import check_equal, convert
 
 
@@ -68,6 +71,19 @@ def test_a_model_may_decide_by_sizes(body: Callable[[Net, Tensor], Tensor]) -> N
     torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
 
 
+def test_sizes_are_known_of_a_model_without_numbers() -> None:
+    with torch.device("meta"):
+        model = Net(aligned)
+    traced = trace(model, PREPROCESSING.input_size)
+    assert any("interpolate" in node.name for node in traced.module.graph.nodes)
+
+
+def test_a_traced_model_can_be_pickled() -> None:
+    traced = trace(timm.create_model("resnet10t").eval(), (3, 64, 64)).module
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(traced))(x), traced(x))
+
+
 def by_value(net: Net, x: Tensor) -> Tensor:
     return x if x.mean() > 0 else net.second(x)
 
@@ -80,8 +96,25 @@ def by_list(net: Net, x: Tensor) -> Tensor:
     return x if len(x.mean((1, 2, 3)).tolist()) > 0 else net.second(x)
 
 
+def by_how_many_are_large(net: Net, x: Tensor) -> Tensor:
+    return x if (x.amax((1, 2, 3)) > 50).nonzero().shape[0] == 0 else net.second(x)
+
+
+def by_what_is_selected(net: Net, x: Tensor) -> Tensor:
+    return x if len(x[x > 50]) == 0 else net.second(x)
+
+
 def by_batch(net: Net, x: Tensor) -> Tensor:
     return x if x.shape[0] > 1 else net.second(x)
+
+
+def by_large_batch(net: Net, x: Tensor) -> Tensor:
+    return x if x.shape[0] < 100 else net.second(x)
+
+
+def by_what_fails_for_one(net: Net, x: Tensor) -> Tensor:
+    x = F.adaptive_avg_pool2d(x, 1).squeeze()
+    return x[:, : int(x.shape[1])]
 
 
 def image_by_image(net: Net, x: Tensor) -> Tensor:
@@ -95,8 +128,12 @@ def as_often_as_images(net: Net, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "body", [by_value, by_number, by_list, by_batch, image_by_image, as_often_as_images]
-)
+    "body",
+    [
+        by_value, by_number, by_list, by_how_many_are_large, by_what_is_selected, by_batch,
+        by_large_batch, by_what_fails_for_one, image_by_image, as_often_as_images,
+    ],
+)  # fmt: skip
 def test_a_model_may_not_decide_by_images(body: Callable[[Net, Tensor], Tensor]) -> None:
     with pytest.raises(NotConvertibleError, match="fx cannot trace Net"):
         convert(Net(body).eval(), PREPROCESSING, calibration="bn")

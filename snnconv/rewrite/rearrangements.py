@@ -56,6 +56,7 @@ def foldings(module: fx.GraphModule, values: Values) -> bool:
         elif len(before) == 3 and len(after) == 1 and not _flattens(module, node, source):
             with module.graph.inserting_before(node):
                 new = module.graph.call_function(torch.flatten, (source, 1))
+            new.meta = dict(node.meta)
             values.shapes[new.name] = after
             node.replace_all_uses_with(new)
         else:
@@ -90,6 +91,8 @@ def _keeps_order(module: fx.GraphModule, node: fx.Node, values: Values) -> bool:
     if name != "getitem":
         return name in (*RESHAPES, "squeeze", "unsqueeze")
     items: Any = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if not items:
+        return False
     if items[0] is Ellipsis:
         return len(items) <= len(before) + 1 and all(map(_is_plain, items[1:]))
     return items[0] == slice(None) and all(map(_is_plain, items[1:]))

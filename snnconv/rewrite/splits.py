@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import fx
 
@@ -56,18 +57,23 @@ def splits(module: fx.GraphModule, values: Values) -> bool:
 
 
 def _narrowed(module: fx.GraphModule, values: Values) -> bool:
+    """Write `narrow` as the slice it is."""
     changed = False
     for node in list(module.graph.nodes):
-        if name_of(module, node) != "narrow" or len(node.args) != 4:
+        source: Any = argument(node, 0, "input")
+        if name_of(module, node) != "narrow" or getattr(source, "name", "") not in values.shapes:
             continue
-        source, axis, first, length = node.args
-        numbers = all(isinstance(n, int) for n in (axis, first, length))
-        if not isinstance(source, fx.Node) or not numbers or source.name not in values.shapes:
+        names = ("dim", "start", "length")
+        axis, first, length = (argument(node, k, name) for k, name in enumerate(names, 1))
+        shape = values.shapes[source.name]
+        if not all(isinstance(n, int) for n in (axis, first, length)) or axis in (0, ~len(shape)):
             continue
-        axis %= len(values.shapes[source.name]) + 1
+        axis %= len(shape) + 1
+        first %= shape[axis - 1]
         bounds = (*[slice(None)] * axis, slice(first, first + length))
         with module.graph.inserting_before(node):
             new = module.graph.call_function(operator.getitem, (source, bounds))
+        new.meta = dict(node.meta)
         values.shapes[new.name] = values.shapes[node.name]
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)

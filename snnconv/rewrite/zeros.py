@@ -36,6 +36,7 @@ def zeros(module: fx.GraphModule, values: Values) -> bool:
                 inner = module.graph.call_function(torch.cat, ([parts[i] for i in others], 1))
                 values.shapes[inner.name] = (sum(channels[i] for i in others), *shape[1:])
             new = module.graph.call_function(F.pad, (inner, (0, 0, 0, 0, *border)))
+        new.meta = dict(node.meta)
         values.shapes[new.name] = shape
         node.replace_all_uses_with(new)
         changed = True
