@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx
@@ -46,12 +47,7 @@ def splits(module: fx.GraphModule, values: Values) -> bool:
         else:
             first = sum(shape[axis] for shape in parts[:index])
             bounds.append(slice(first, first + parts[index][axis]))
-        with module.graph.inserting_before(node):
-            new = module.graph.call_function(operator.getitem, (whole, tuple(bounds)))
-        new.meta = dict(node.meta)
-        values.shapes[new.name] = values.shapes[node.name]
-        node.replace_all_uses_with(new)
-        module.graph.erase_node(node)
+        _slice(module, node, whole, bounds, values)
         changed = True
     return changed
 
@@ -70,15 +66,26 @@ def _narrowed(module: fx.GraphModule, values: Values) -> bool:
             continue
         axis %= len(shape) + 1
         first %= shape[axis - 1]
-        bounds = (*[slice(None)] * axis, slice(first, first + length))
-        with module.graph.inserting_before(node):
-            new = module.graph.call_function(operator.getitem, (source, bounds))
-        new.meta = dict(node.meta)
-        values.shapes[new.name] = values.shapes[node.name]
-        node.replace_all_uses_with(new)
-        module.graph.erase_node(node)
+        bounds = [*[slice(None)] * axis, slice(first, first + length)]
+        _slice(module, node, source, bounds, values)
         changed = True
     return changed
+
+
+def _slice(
+    module: fx.GraphModule,
+    node: fx.Node,
+    whole: fx.Node,
+    bounds: Sequence[int | slice],
+    values: Values,
+) -> None:
+    """Put a slice of a tensor in place of a node."""
+    with module.graph.inserting_before(node):
+        new = module.graph.call_function(operator.getitem, (whole, tuple(bounds)))
+    new.meta = dict(node.meta)
+    values.shapes[new.name] = values.shapes[node.name]
+    node.replace_all_uses_with(new)
+    module.graph.erase_node(node)
 
 
 def _take_apart(module: fx.GraphModule, split: fx.Node, user: fx.Node, values: Values) -> None:
