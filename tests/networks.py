@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from snnconv.pipeline import Conversion, convert
+from snnconv.pipeline import Conversion, check_equal, convert
 from snnconv.preprocess import Preprocessing
 
 PREPROCESSING = Preprocessing((3, 12, 12), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -189,3 +189,11 @@ def converted(name: str, seed: int = 0, timesteps: int = 5, **settings: object) 
     return convert(
         build(name, seed), PREPROCESSING, [images(8, 1)], timesteps=timesteps, **settings
     )
+
+
+def assert_converts(model: nn.Module, pixels: Tensor) -> None:
+    """Assert that a model converts, is equal in integers, and the same in float."""
+    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
+    assert check_equal(conversion, pixels)[0].equal
+    x = PREPROCESSING.normalize(pixels)
+    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from networks import PREPROCESSING, images
+from networks import PREPROCESSING, assert_converts, images
 from torch import Tensor, nn
 
 from snnconv import rewrite
@@ -303,10 +303,7 @@ def test_a_sum_may_weigh_its_second_operand(name: str) -> None:
         return getattr(torch, name)(x, net.second(x), alpha=0.3)
 
     model, pixels = Net(body).eval(), images(6, 2)
-    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
-    assert check_equal(conversion, pixels)[0].equal
-    x = PREPROCESSING.normalize(pixels)
-    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
+    assert_converts(model, pixels)
 
 
 def test_what_is_narrowed_is_a_slice() -> None:
@@ -370,10 +367,7 @@ def test_a_module_at_two_places_is_two_where_they_differ(name: str) -> None:
     shared, channels = SHARED[name]
     model = Twice(shared(), channels).eval()
     pixels = images(6, 2)
-    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
-    assert check_equal(conversion, pixels)[0].equal
-    x = PREPROCESSING.normalize(pixels)
-    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
+    assert_converts(model, pixels)
 
 
 def test_a_layer_behind_two_slopes_reads_each_by_its_own() -> None:

@@ -10,12 +10,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from networks import PREPROCESSING, images
+from networks import PREPROCESSING, assert_converts, images
 from torch import Tensor, nn
 
 from snnconv.errors import NotConvertibleError
 from snnconv.graph import trace
-from snnconv.pipeline import check_equal, convert
+from snnconv.pipeline import convert
 
 
 class Net(nn.Module):
@@ -65,10 +65,7 @@ def divided(net: Net, x: Tensor) -> Tensor:
 def test_a_model_may_decide_by_sizes(body: Callable[[Net, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, pixels = Net(body).eval(), images(6, 2)
-    conversion = convert(model, PREPROCESSING, [pixels], timesteps=5)
-    assert check_equal(conversion, pixels)[0].equal
-    x = PREPROCESSING.normalize(pixels)
-    torch.testing.assert_close(conversion.qann(x)["logits"], model(x), rtol=1e-3, atol=1e-4)
+    assert_converts(model, pixels)
 
 
 def test_sizes_are_known_of_a_model_without_numbers() -> None:
